@@ -1,0 +1,50 @@
+"""Last-layer normalisation: a linear head whose rows have unit norm (Singla, Singla, Feizi, ICLR 2022, arXiv 2108.04062).
+
+Every logit is then exactly as steep as the features, and no class buys margin with a longer row. Certificates use the pairwise
+distances of the rows, which are at most 2 and usually near sqrt(2).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class NormalizedLinear(nn.Module):
+    """Linear layer with l2-normalised rows; the raw parameter is `raw` (out, in), the effective one the property `weight`."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, device=None, dtype=None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.raw = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        nn.init.orthogonal_(self.raw)
+
+    @property
+    def weight(self) -> Tensor:  # (out, in), rows of norm 1 (0 where the raw row is 0)
+        with torch.autocast(self.raw.device.type, enabled=False):
+            return F.normalize(self.raw, dim=1, eps=torch.finfo(self.raw.dtype).tiny)
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, in) -> (n, out)
+        return F.linear(x, self.weight, self.bias)
+
+    def export(self) -> nn.Linear:
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.weight.detach().clone())
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone())
+        return linear
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+
+def pairwise_distances(weight: Tensor) -> Tensor:
+    """Return `||w_i - w_j||` for the rows of a head, (K, d) -> (K, K), differentiable also on the diagonal.
+
+    The distances of *differences*, not of a Gram matrix: equal rows give exactly 0.
+    """
+    with torch.autocast(weight.device.type, enabled=False):
+        difference = weight[:, None] - weight[None]  # (K, K, d)
+        return torch.linalg.vector_norm(difference, dim=2)

@@ -1,0 +1,3 @@
+"""Architectures, one per file. Importing this package registers all of them."""
+
+from lipcert.models import shiftvit as shiftvit
