@@ -1,4 +1,5 @@
-"""Model folders: `config.json` (how to build it), `model.safetensors` (its weights), `README.md`. No pickle anywhere."""
+"""Model folders: `config.json` (how to build it), `model.safetensors` (its weights), `README.md`. No pickle
+anywhere."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ REQUIRED = ("model", "num_classes", "img_size", "in_chans")
 
 
 def save_model(model: nn.Module, folder: str | Path, config: Mapping[str, Any]) -> None:
-    """Write a model folder; `config` holds `model` (registry name), `kwargs`, `num_classes`, `img_size`, `in_chans`, `data`."""
+    """Write a model folder; `config` holds `model` (registry name), `kwargs`, `num_classes`, `img_size`, `in_chans`,
+    `data`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Clones: safetensors refuses tensors that share memory, and views would drag their whole storage along.
@@ -35,7 +37,8 @@ def save_model(model: nn.Module, folder: str | Path, config: Mapping[str, Any]) 
 def load_model(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """Build the model of a model folder (or of a run folder) in evaluation mode and return it with its config.
 
-    Raises InputError if a file is missing or damaged, if weights do not fit the model, or if they hold NaN or infinities.
+    Raises InputError if a file is missing or damaged, if weights do not fit the model, or if they hold NaN or
+    infinities.
     """
     folder = model_folder(folder)
     config = read_json(folder / "config.json")
@@ -44,11 +47,16 @@ def load_model(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
         raise InputError(f"{folder / 'config.json'} lacks {', '.join(missing)}; it was not written by `lipcert train`")
     try:
         model = create_model(
-            config["model"], num_classes=config["num_classes"], img_size=config["img_size"],
-            in_chans=config["in_chans"], **config.get("kwargs", {}),
+            config["model"],
+            num_classes=config["num_classes"],
+            img_size=config["img_size"],
+            in_chans=config["in_chans"],
+            **config.get("kwargs", {}),
         )
     except TypeError as error:
-        raise InputError(f"{folder / 'config.json'}: model {config['model']!r} does not take these arguments: {error}") from error
+        raise InputError(
+            f"{folder / 'config.json'}: model {config['model']!r} does not take these arguments: {error}"
+        ) from error
     load_weights(model, folder / "model.safetensors")
     return model.eval(), config
 
@@ -60,7 +68,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except (SafetensorError, ValueError, KeyError) as error:
-        raise InputError(f"{path} is not a complete safetensors file ({error}); copy it again or train again") from error
+        raise InputError(
+            f"{path} is not a complete safetensors file ({error}); copy it again or train again"
+        ) from error
     bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if bad:
         raise InputError(f"{path}: {', '.join(bad[:3])} has NaN or infinite entries; use another checkpoint")
@@ -77,7 +87,9 @@ def model_folder(folder: str | Path) -> Path:
     for candidate in (folder / "model", folder):
         if (candidate / "config.json").is_file():
             return candidate
-    raise InputError(f"{folder} holds no model: expected {folder / 'model' / 'config.json'}, which `lipcert train -o {folder}` writes")
+    raise InputError(
+        f"{folder} holds no model: there is no {folder / 'model' / 'config.json'}, which `lipcert train` would write"
+    )
 
 
 def weights_sha256(folder: str | Path) -> str:
@@ -105,7 +117,8 @@ def load_state(path: Path) -> dict[str, Any]:
 def _card(config: Mapping[str, Any]) -> str:
     return (
         f"---\nlibrary_name: lipcert\n---\n# {config['model']}\n\n"
-        f"{config['num_classes']} classes, inputs {config['in_chans']} x {config['img_size']} x {config['img_size']} in [0, 1]"
+        f"{config['num_classes']} classes, inputs {config['in_chans']} x {config['img_size']} x {config['img_size']} "
+        f"in [0, 1]"
         f"{', trained on ' + str(config['data']) if config.get('data') else ''}.\n\n"
-        "Load with `lipcert.checkpoint.load_model(folder)`; bound with `lipcert bound`, certify with `lipcert certify`.\n"
+        "Load with `lipcert.checkpoint.load_model(folder)`; audit with `lipcert bound`; certify with `lipcert certify`.\n"
     )

@@ -1,4 +1,5 @@
-"""The configuration of a training run: defaults < preset or file < `key=value` settings, typed, unknown keys refused."""
+"""The configuration of a training run: defaults < preset or file < `key=value` settings, typed, unknown keys
+refused."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ PRESETS = Path(__file__).with_name("presets")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that decides the outcome of a run. Radii are l2, in [0, 1]-pixel units; the `eps_*` are multiples of `eps`."""
+    """Everything that decides the outcome of a run. Radii are l2, in [0, 1]-pixel units; the `eps_*` are multiples
+    of `eps`."""
 
     model: str = "lipshift_tiny"
     model_args: Mapping[str, Any] = field(default_factory=dict)  # further keyword arguments of the model
@@ -72,8 +74,8 @@ class TrainConfig:
 def load_config(file: str | Path | None = None, settings: Mapping[str, Any] | None = None) -> TrainConfig:
     """Build a configuration from a YAML file (path, or None) and overriding settings.
 
-    Values may be text ("36/255", "1e-3"): they are converted by the type of the field. Raises InputError for a file that
-    cannot be read, and for unknown keys and values that do not fit, all of them in one message.
+    Values may be text ("36/255", "1e-3"): they are converted by the type of the field. Raises InputError for a file
+    that cannot be read, and for unknown keys and values that do not fit, all of them in one message.
     """
     values: dict[str, Any] = {}
     if file is not None:

@@ -15,13 +15,13 @@ class Finding(Exception):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
-    """Return the error for a name that does not exist: with the near match if there is one, else with all names.
+    """Return the error for a name that does not exist: with the nearest ones if any are near, else with all names.
 
-    >>> print(unknown("dataset", "cifar", ["cifar10", "mnist"]))
-    unknown dataset 'cifar'; did you mean 'cifar10'?
+    >>> print(unknown("dataset", "cifar", ["cifar10", "cifar100", "mnist"]))
+    unknown dataset 'cifar'; did you mean 'cifar10' or 'cifar100'?
     """
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(name, known, cutoff=0.9) or difflib.get_close_matches(name, known)
     if near:
         return InputError(f"unknown {kind} {name!r}; did you mean {' or '.join(repr(match) for match in near)}?")
     return InputError(f"unknown {kind} {name!r}; known are: {', '.join(known) or 'none'}")

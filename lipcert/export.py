@@ -11,10 +11,12 @@ from lipcert.errors import InputError
 
 
 def export(model: nn.Module) -> nn.Module:
-    """Return a float64 copy in evaluation mode whose layers are plain torch: derived weights computed once, dropout gone.
+    """Return a float64 copy in evaluation mode whose layers are plain torch: derived weights computed once, dropout
+    gone.
 
-    Every module that has an `export()` is replaced by what it returns; the others stay as they are, because the audit reads
-    the operators they run and not their names. The original is not touched. NaN or infinite parameters raise InputError.
+    Every module that has an `export()` is replaced by what it returns; the others stay as they are, because the
+    audit reads the operators they run and not their names. The original is not touched. NaN or infinite parameters
+    raise InputError.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():

@@ -1,8 +1,8 @@
 """Margin losses behind one signature: `loss(logits, labels, pairwise, eps) -> scalar`.
 
-`logits` (n, K); `labels` (n,) int64; `pairwise` (K, K), entry (i, j) a Lipschitz bound or estimate of the difference of logits
-i and j, differentiable; `eps` the l2 radius to train for, in [0, 1]-pixel units. The margins are those of the certificate:
-an image counts at `eps` when `z_y - z_j > eps * pairwise[y, j]` for every other class j.
+`logits` (n, K); `labels` (n,) int64; `pairwise` (K, K), entry (i, j) a Lipschitz bound or estimate of the difference
+of logits i and j, differentiable; `eps` the l2 radius to train for, in [0, 1]-pixel units. The margins are those of
+the certificate: an image counts at `eps` when `z_y - z_j > eps * pairwise[y, j]` for every other class j.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, pairwise: Tensor, eps: float) 
 def emma(logits: Tensor, labels: Tensor, pairwise: Tensor, eps: float) -> Tensor:
     """EMMA, efficient margin maximisation (Hu et al., NeurIPS 2023, arXiv 2301.12549, section 4).
 
-    Each rival logit is raised by just as much of its robust margin as is already earned (between 1 % and all of it), so that no
-    class pair dominates; the share is not differentiated.
+    Each rival logit is raised by just as much of its robust margin as is already earned (between 1 % and all of it),
+    so that no class pair dominates; the share is not differentiated.
     """
     margins = eps * pairwise[labels]  # (n, K), 0 at the label
     rivals = logits - logits.gather(1, labels[:, None])  # (n, K), 0 at the label
@@ -37,7 +37,8 @@ def emma(logits: Tensor, labels: Tensor, pairwise: Tensor, eps: float) -> Tensor
 def gloro(logits: Tensor, labels: Tensor, pairwise: Tensor, eps: float) -> Tensor:
     """GloRo cross-entropy (Leino, Wang, Fredrikson, ICML 2021, arXiv 2102.08452): a further class, "not certified".
 
-    Its logit is the best rival of the *predicted* class inside the ball, so a correct but uncertified image is still a mistake.
+    Its logit is the best rival of the *predicted* class inside the ball, so a correct but uncertified image is still
+    a mistake.
     """
     return F.cross_entropy(_with_bottom(logits, pairwise, eps), labels)
 
@@ -58,8 +59,9 @@ def offset_cross_entropy(
 ) -> Tensor:
     """Offset cross-entropy (Prach and Lampert, ECCV 2022, arXiv 2208.03160), with the pairwise margin as offset.
 
-    The paper subtracts one constant from the label's logit of a 1-Lipschitz network; here each rival is raised by its own
-    `eps * pairwise`, which is that constant when all pairs are alike. `temperature` is in units of the mean pairwise constant.
+    The paper subtracts one constant from the label's logit of a 1-Lipschitz network; here each rival is raised by
+    its own `eps * pairwise`, which is that constant when all pairs are alike. `temperature` is in units of the mean
+    pairwise constant.
     """
     scale = temperature * (pairwise.sum() / (pairwise != 0).sum().clamp_min(1)).detach().clamp_min(1e-8)
     return scale * F.cross_entropy((logits + eps * pairwise[labels]) / scale, labels)

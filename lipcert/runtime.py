@@ -42,7 +42,9 @@ def select_device(name: str = "auto") -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"device {name!r} is not supported; use auto, cpu, cuda or cuda:0")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise InputError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
+        raise InputError(
+            f"device {name!r} is not there: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
     return device
 
 

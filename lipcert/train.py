@@ -3,8 +3,9 @@
     lipcert train --model lipshift_tiny --data cifar10 -o runs/a
     torchrun --nproc-per-node 8 -m lipcert train --model lipshift_tiny --data cifar10 -o runs/a
 
-A killed run continues with `resume` from `state.pt` (written every epoch and every minute) and ends with the same weights as
-an undisturbed one: batches, augmentations and dropout depend on (seed, epoch, batch) and the saved random state only.
+A killed run continues with `resume` from `state.pt` (written every epoch and every minute) and ends with the same
+weights as an undisturbed one: batches, augmentations and dropout depend on (seed, epoch, batch) and the saved random
+state only.
 """
 
 from __future__ import annotations
@@ -38,8 +39,19 @@ from lipcert.runtime import Processes, environment, processes, seed_everything, 
 log = logging.getLogger(__name__)
 
 METRICS = (
-    "epoch", "step", "lr", "eps", "train_loss", "train_clean", "val_loss", "val_clean", "val_certified",
-    "lipschitz_estimate", "lipschitz_upper", "images_per_second", "seconds",
+    "epoch",
+    "step",
+    "lr",
+    "eps",
+    "train_loss",
+    "train_clean",
+    "val_loss",
+    "val_clean",
+    "val_certified",
+    "lipschitz_estimate",
+    "lipschitz_upper",
+    "images_per_second",
+    "seconds",
 )
 SAVE_EVERY = 60.0  # seconds between two states inside an epoch
 VALIDATION_ITERATIONS = 50  # power iterations before a validation
@@ -50,15 +62,15 @@ class Diverged(RuntimeError):
 
 
 class WithPairwise(nn.Module):
-    """The network and, in the same forward pass, the pairwise Lipschitz estimates of its logits (so that DDP sees both)."""
+    """The network and, in the same forward pass, the pairwise Lipschitz estimates of its logits (so that DDP sees
+    both)."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, estimated: bool) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.estimated = model, estimated
 
     def forward(self, x: Tensor, iterations: int) -> tuple[Tensor, Tensor]:  # (n, c, h, w) -> (n, K), (K, K)
-        # The norms first: a power iteration writes its vectors, which no later forward pass of the network touches.
-        constant = self.model.lipschitz_estimate(iterations)
+        constant = self.model.lipschitz_estimate(iterations) if self.estimated else torch.inf
         return self.model(x), constant * pairwise_distances(self.model.head.weight)
 
 
@@ -96,14 +108,22 @@ class _Training:
     """One run: what has to be kept between batches. Made by `train`."""
 
     def __init__(
-        self, config: TrainConfig, folder: Path, data_root: str | None, download: bool, device: torch.device,
-        group: Processes, state: dict[str, Any] | None, progress: Callable,
+        self,
+        config: TrainConfig,
+        folder: Path,
+        data_root: str | None,
+        download: bool,
+        device: torch.device,
+        group: Processes,
+        state: dict[str, Any] | None,
+        progress: Callable,
     ) -> None:
         self.config, self.folder, self.device, self.group, self.progress = config, folder, device, group, progress
         if config.batch_size % group.world:
             raise InputError(f"batch_size {config.batch_size} must be a multiple of the {group.world} processes")
         self.loss = losses.get(config.loss)
-        # The split has a seed of its own: runs that differ in their seed share it, and never train on each other's choices.
+        # The split has a seed of its own: runs that differ in their seed share it, and never train on each other's
+        # choices.
         split = {"val_fraction": config.val_fraction, "img_size": config.img_size, "download": download}
         self.train_set = data.load(config.data, data_root, "train", **split).to(device)
         self.val_set = data.load(config.data, data_root, "val", **split).to(device)
@@ -114,15 +134,19 @@ class _Training:
 
         seed_everything(config.seed)  # the same on all ranks: equal weights
         self.recipe = {
-            "model": config.model, "kwargs": dict(config.model_args), "num_classes": self.train_set.num_classes,
-            "img_size": self.train_set.img_size, "in_chans": self.train_set.in_chans, "data": config.data,
+            "model": config.model,
+            "kwargs": dict(config.model_args),
+            "num_classes": self.train_set.num_classes,
+            "img_size": self.train_set.img_size,
+            "in_chans": self.train_set.in_chans,
+            "data": config.data,
         }
         self.model = build(self.recipe).to(device)
-        self.model.lipschitz_estimate(VALIDATION_ITERATIONS)
+        self.estimated = self._warm_up()
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
         self.optimizer = _optimizer(config, self.model)
         seed_everything(config.seed + 1000 * group.rank)  # different dropout on each rank
-        wrapped = WithPairwise(self.model)
+        wrapped = WithPairwise(self.model, self.estimated)
         self.network = DistributedDataParallel(wrapped) if group.world > 1 else wrapped
         self.epoch = self.batch = 0
         self.rows: list[dict[str, Any]] = []
@@ -130,6 +154,16 @@ class _Training:
         self.elapsed = 0.0
         if state is not None:
             self._restore(state)
+
+    def _warm_up(self) -> bool:
+        """Start the power iterations; return whether the model has an estimate at all."""
+        try:
+            self.model.lipschitz_estimate(VALIDATION_ITERATIONS)
+        except InputError:
+            if self.config.loss != "cross_entropy":
+                raise
+            return False
+        return True
 
     def run(self) -> dict[str, Any]:
         if self.group.is_main and not (self.folder / "config.yaml").exists():
@@ -151,8 +185,15 @@ class _Training:
 
     def _epoch(self) -> dict[str, Any]:
         batches = data.loader(
-            self.train_set, self.config.batch_size // self.group.world, shuffle=True, seed=self.config.seed,
-            epoch=self.epoch, augment=self.config.augment, drop_last=True, rank=self.group.rank, world=self.group.world,
+            self.train_set,
+            self.config.batch_size // self.group.world,
+            shuffle=True,
+            seed=self.config.seed,
+            epoch=self.epoch,
+            augment=self.config.augment,
+            drop_last=True,
+            rank=self.group.rank,
+            world=self.group.world,
             start_batch=self.batch,
         )
         begun, images_before = time.monotonic(), self.sums[2]
@@ -171,9 +212,14 @@ class _Training:
         if self.group.is_main:
             save_model(self._best(), self.folder / "model", self.recipe)
         log.info(
-            "%s: loss %.4f, validation clean %.2f %%, certified at %.4f (by the estimate) %.2f %%, L about %.4g, %.0f images/s",
-            label, row["train_loss"], 100 * row["val_clean"], self.config.eps, 100 * row["val_certified"],
-            row["lipschitz_estimate"], row["images_per_second"],
+            "%s: loss %.4f, validation: clean %.2f %%, certified at %.4f by the estimate %.2f %%, L about %s, %.0f images/s",
+            label,
+            row["train_loss"],
+            100 * row["val_clean"],
+            self.config.eps,
+            100 * row["val_certified"],
+            "unknown" if row["lipschitz_estimate"] is None else f"{row['lipschitz_estimate']:.4g}",
+            row["images_per_second"],
         )
         return row
 
@@ -184,10 +230,10 @@ class _Training:
         with self._autocast():
             logits, pairwise = self.network(images, self.config.power_iterations)
         loss = self.loss(logits.float(), labels, pairwise, self._eps(step))
-        if not bool(torch.isfinite(loss)):  # the loss of this rank: the others wait in their next step and end with us
+        if not bool(torch.isfinite(loss)):  # under torchrun the other ranks are ended with this one
             raise Diverged(
-                f"the loss is {loss.item()} at step {step} (epoch {self.epoch + 1}); the last good checkpoint is kept in "
-                f"{self.folder}: train again with a smaller lr (now {self.config.lr:g})"
+                f"the loss is {loss.item()} at step {step} (epoch {self.epoch + 1}); the last good checkpoint is kept "
+                f"in {self.folder}: train again with a smaller lr (now {self.config.lr:g})"
             )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -222,15 +268,16 @@ class _Training:
         """Evaluate on the validation split with the *estimate* of L; certificates come from `lipcert certify`."""
         model = self._best()
         model.eval()
-        constant = model.lipschitz_estimate(VALIDATION_ITERATIONS)
-        pairwise = constant * pairwise_distances(model.head.weight)
+        logits_of = WithPairwise(model, self.estimated)
+        constant = model.lipschitz_estimate(VALIDATION_ITERATIONS).item() if self.estimated else None
         sums = torch.zeros(4, device=self.device)  # loss, clean, certified, images
         for images, labels in data.loader(
             self.val_set, self.config.batch_size // self.group.world, rank=self.group.rank, world=self.group.world
         ):
             images, labels = images.to(self.device), labels.to(self.device)
             with self._autocast():
-                logits = model(images).float()
+                logits, pairwise = logits_of(images, 0)
+            logits = logits.float()
             margins = logits.gather(1, labels[:, None]) - logits - self.config.eps * pairwise[labels]
             margins.scatter_(1, labels[:, None], torch.inf)
             sums[0] += self.loss(logits, labels, pairwise, self.config.eps) * len(labels)
@@ -240,9 +287,7 @@ class _Training:
         if self.group.world > 1:
             dist.all_reduce(sums)
         loss, clean, certified = (sums[:3] / sums[3]).tolist()
-        return {
-            "val_loss": loss, "val_clean": clean, "val_certified": certified, "lipschitz_estimate": constant.item(),
-        }
+        return {"val_loss": loss, "val_clean": clean, "val_certified": certified, "lipschitz_estimate": constant}
 
     def _finish(self) -> dict[str, Any]:
         """Prove the bound of the final network and log it beside the estimate."""
@@ -254,7 +299,6 @@ class _Training:
             row["lipschitz_upper"] = bound.require_upper()
             self._save()
             write_text(self.folder / "metrics.csv", self._metrics())
-            log.info("proved L %.6g, estimated %.6g", row["lipschitz_upper"], row["lipschitz_estimate"])
         return row
 
     def _best(self) -> nn.Module:
@@ -278,13 +322,22 @@ class _Training:
         states = _gather(torch.get_rng_state(), self.group)
         if not self.group.is_main:
             return
-        save_state(self.folder / "state.pt", {
-            "config": to_yaml(self.config), "epoch": self.epoch, "batch": self.batch, "rows": self.rows,
-            "sums": self.sums, "seconds": self.elapsed + self.saved - self.started, "model": self.model.state_dict(),
-            "average": None if self.average is None else self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "random": states,
-            "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-        })
+        save_state(
+            self.folder / "state.pt",
+            {
+                "config": to_yaml(self.config),
+                "epoch": self.epoch,
+                "batch": self.batch,
+                "rows": self.rows,
+                "sums": self.sums,
+                "seconds": self.elapsed + self.saved - self.started,
+                "model": self.model.state_dict(),
+                "average": None if self.average is None else self.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "random": states,
+                "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            },
+        )
         write_text(self.folder / "metrics.csv", self._metrics())
 
     def _restore(self, state: dict[str, Any]) -> None:
@@ -340,4 +393,3 @@ def _tensorboard(folder: Path):
     except ImportError:
         return None
     return SummaryWriter(str(folder / "tensorboard"))
-

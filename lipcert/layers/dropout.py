@@ -1,7 +1,7 @@
 """Dropout and stochastic depth. In evaluation mode both are identities: their Lipschitz factor there is 1, never 1 - p.
 
-PyTorch scales *while training* (by 1/(1-p)), so that nothing is left to do at inference. Published code multiplies Lipschitz
-bounds by 1-p at evaluation all the same; that factor belongs to no network anybody runs.
+PyTorch scales *while training* (by 1/(1-p)), so that nothing is left to do at inference. Published code multiplies
+Lipschitz bounds by 1-p at evaluation all the same; that factor belongs to no network anybody runs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Last-layer normalisation: a linear head whose rows have unit norm (Singla, Singla, Feizi, ICLR 2022, arXiv 2108.04062).
+"""Last-layer normalisation: a linear head whose rows have unit norm (Singla, Singla, Feizi, ICLR 2022, arXiv
+2108.04062).
 
-Every logit is then exactly as steep as the features, and no class buys margin with a longer row. Certificates use the pairwise
-distances of the rows, which are at most 2 and usually near sqrt(2).
+Every logit is then exactly as steep as the features, and no class buys margin with a longer row. Certificates use
+the pairwise distances of the rows, which are at most 2 and usually near sqrt(2).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 
 class NormalizedLinear(nn.Module):
-    """Linear layer with l2-normalised rows; the raw parameter is `raw` (out, in), the effective one the property `weight`."""
+    """Linear layer with l2-normalised rows; the raw parameter is `raw` (out, in), the effective one the property
+    `weight`."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, device=None, dtype=None) -> None:
         super().__init__()

@@ -1,8 +1,7 @@
 """CenterNorm: layer normalisation without the division that makes LayerNorm steep.
 
-LipsFormer (Qi et al., ICLR 2023, arXiv 2304.09856), section 4.1. The published form multiplies by D/(D-1), which makes an
-isotropic input keep its variance but costs a Lipschitz factor; `correction=False` leaves it out: centring alone is an
-orthogonal projection, of norm 1.
+LipsFormer (Qi et al., ICLR 2023, arXiv 2304.09856). The published form multiplies by D/(D-1), which costs that much in
+the Lipschitz constant; `correction=False` leaves it out: centring alone is an orthogonal projection, of norm 1.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 class CenterNorm(nn.Module):
     """Subtract the mean over the channels and apply a learned scale and shift per channel.
 
-    `weight * D/(D-1) * (x - mean) + bias` for inputs (n, D, ...), D >= 2. Affine, of norm at most `max|weight| * D/(D-1)`.
+    `weight * D/(D-1) * (x - mean) + bias` for inputs (n, D, ...), D >= 2. Affine, of norm at most `max|weight| *
+    D/(D-1)`.
 
     >>> CenterNorm(4)(torch.ones(1, 4, 2, 2)).abs().max().item()
     0.0

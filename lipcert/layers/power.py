@@ -1,9 +1,10 @@
 """Training-time norm estimates: warm-started power iteration, batched over all linear segments of one shape.
 
-Power iteration approaches a norm from below (`||A v|| <= ||A||` for every unit v), so what it returns is an *estimate*: right for
-a loss, never for a certificate. What this file does differently from published code: each segment is iterated on its own grid
-(not on a fixed 32 x 32), equal segments run as one batched call, a segment may be any affine module (shortcut and CenterNorm
-included), and a vector that an operator annihilates is drawn afresh instead of staying zero for ever.
+Power iteration approaches a norm from below (`||A v|| <= ||A||` for every unit v), so what it returns is an
+*estimate*: right for a loss, never for a certificate. What this file does differently from published code: each
+segment is iterated on its own grid (not on a fixed 32 x 32), equal segments run as one batched call, a segment may
+be any affine module (shortcut and CenterNorm included), and a vector that an operator annihilates is drawn afresh
+instead of staying zero for ever.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ Segment = tuple[nn.Module, tuple[int, ...]]  # an affine module and its input sh
 class PowerIteration(nn.Module):
     """Estimate the norms of affine modules that live elsewhere in the network.
 
-    Each segment's parameters named `bias` are taken as zero; the rest must be linear in the input. The vectors are buffers (they
-    travel with the state), the segments are referenced, not owned.
+    Each segment's parameters named `bias` are taken as zero; the rest must be linear in the input. The vectors are
+    buffers (they travel with the state), the segments are referenced, not owned.
 
     Args:
         segments: pairs (module, input shape without batch).
@@ -98,16 +99,19 @@ def _stack(modules: Sequence[nn.Module]) -> dict[str, Tensor]:
 
 
 def _normalise(vectors: Tensor, fallback: Tensor | None = None) -> Tensor:
-    """Scale each vector to norm 1; where it vanished or overflowed, mix the old one with noise and start again."""
-    norms = torch.linalg.vector_norm(vectors.flatten(1), dim=1).view(-1, *(1,) * (vectors.ndim - 1))
-    good = torch.isfinite(norms) & (norms > torch.finfo(vectors.dtype).tiny)
-    scaled = vectors / torch.where(good, norms, torch.ones_like(norms))
-    if fallback is None or vectors.is_meta or bool(good.all()):
-        return scaled
-    # Rolling the old vector along its entries gives a new direction without drawing from a random state that ranks or
-    # resumed runs might not share.
-    fresh = fallback.flatten(1).roll(1, dims=1).view_as(fallback)
-    return torch.where(good, scaled, fresh)
+    """Scale each vector (the first axis counts them) to norm 1; one that vanished or overflowed is replaced.
+
+    The replacement is the old vector rolled along its entries: a new direction, without drawing from a random state
+    that other ranks or a resumed run might not share.
+    """
+    flat = vectors.flatten(1)
+    largest = flat.abs().amax(1, keepdim=True)  # divided out first: squares of 1e-24 would underflow
+    good = torch.isfinite(largest) & (largest > torch.finfo(flat.dtype).tiny)
+    scaled = flat / torch.where(good, largest, torch.ones_like(largest))
+    scaled = scaled / torch.where(good, torch.linalg.vector_norm(scaled, dim=1, keepdim=True), torch.ones_like(largest))
+    if fallback is not None:
+        scaled = torch.where(good, scaled, fallback.flatten(1).roll(1, dims=1))
+    return scaled.view_as(vectors)
 
 
 def _signature(module: nn.Module) -> tuple:

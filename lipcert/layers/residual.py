@@ -1,8 +1,9 @@
-"""Linear residual convolutions: LiResConv (Hu et al., NeurIPS 2023, arXiv 2301.12549) and the two residual forms of LipShiFT.
+"""Linear residual convolutions: LiResConv (Hu et al., NeurIPS 2023, arXiv 2301.12549) and the two residual forms of
+LipShiFT.
 
-A residual branch without a nonlinearity is one linear operator together with its shortcut. Its norm is that of `I + sW`, which is
-close to 1 for small `s`, and not `1 + s||W||`. Differences from the paper: the scale is learned per channel (as in LipShiFT), and
-a CenterNorm in front belongs to the same operator.
+A residual branch without a nonlinearity is one linear operator together with its shortcut. Its norm is that of `I +
+sW`, which is close to 1 for small `s`, and not `1 + s||W||`. Differences from the paper: the scale is learned per
+channel (as in LipShiFT), and a CenterNorm in front belongs to the same operator.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ class LiResConv(nn.Module):
         circular: wrap at the border instead of padding with zeros.
     """
 
-    def __init__(self, dim: int, kernel_size: int = 3, *, scale: float = 0.2, circular: bool = False,
-                 device=None, dtype=None) -> None:
+    def __init__(
+        self, dim: int, kernel_size: int = 3, *, scale: float = 0.2, circular: bool = False, device=None, dtype=None
+    ) -> None:
         super().__init__()
         if kernel_size % 2 == 0:
             raise ValueError(f"LiResConv needs an odd kernel size, not {kernel_size}")
@@ -45,8 +47,14 @@ class LiResConv(nn.Module):
 
     def export(self) -> nn.Module:
         pad = self.kernel_size // 2
-        conv = nn.Conv2d(self.dim, self.dim, self.kernel_size, padding=pad, device="meta",
-                         padding_mode="circular" if self.circular else "zeros")
+        conv = nn.Conv2d(
+            self.dim,
+            self.dim,
+            self.kernel_size,
+            padding=pad,
+            device="meta",
+            padding_mode="circular" if self.circular else "zeros",
+        )
         conv.weight = nn.Parameter(self.weight.detach().clone())
         conv.bias = nn.Parameter(self.bias.detach().clone())
         return conv

@@ -1,8 +1,8 @@
 """The shift of ShiftViT (Wang et al., AAAI 2022, arXiv 2201.10801): mix positions without multiplying anything.
 
-Four groups of channels move by one pixel (left, right, up, down), the rest stays. Published networks fill the vacated border
-with zeros: norm 1, but what leaves the picture is lost, and after a few blocks on a small grid nothing is left of the shifted
-channels. A circular shift is an isometry: same constant, nothing lost.
+Four groups of channels move by one pixel (left, right, up, down), the rest stays. Published networks fill the
+vacated border with zeros: norm 1, but what leaves the picture is lost, and after a few blocks on a small grid
+nothing is left of the shifted channels. A circular shift is an isometry: same constant, nothing lost.
 """
 
 from __future__ import annotations

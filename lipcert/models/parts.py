@@ -1,7 +1,8 @@
 """The blocks of ShiftViT and of its Lipschitz relatives: same place in the network, other parts.
 
-A block tells the training-time estimate about itself in two methods: `segments()`, its affine pieces whose norms power iteration
-estimates, and `lipschitz(norms)`, how these norms compose to an estimate of the whole block. Certificates use neither.
+A block tells the training-time estimate about itself in two methods: `segments()`, its affine pieces whose norms
+power iteration estimates, and `lipschitz(norms)`, how these norms compose to an estimate of the whole block.
+Certificates use neither.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Affine(Part):
 
 
 class ShiftBlock(Part):
-    """ShiftViT's block: `x <- shift(x); x <- x + drop_path(mlp(norm(x)))`, with GroupNorm and a GELU MLP of 1x1 convolutions."""
+    """ShiftViT's block: `x <- shift(x); x <- x + drop_path(mlp(norm(x)))`, with GroupNorm and a GELU MLP of 1x1
+    convolutions."""
 
     def __init__(self, dim: int, *, mlp_ratio: float, drop_path: float, divisor: int) -> None:
         super().__init__()
@@ -67,12 +69,13 @@ class ShiftBlock(Part):
 class LipShiFTBlock(Part):
     """LipShiFT's block as published: `x <- shift(x); x <- x + drop_path(s2 * MaxMin((I + s1 W) CenterNorm(x)))`.
 
-    Estimate: `1 + max|s2| * ||(I + s1 W) CenterNorm||`, the branch bounded as one operator. No drop-path factor: at inference there
-    is none.
+    Estimate: `1 + max|s2| * ||(I + s1 W) CenterNorm||`, the branch bounded as one operator. No drop-path factor: at
+    inference there is none.
     """
 
-    def __init__(self, in_shape: tuple[int, int, int], *, scale: float, drop_path: float, divisor: int,
-                 circular_shift: bool) -> None:
+    def __init__(
+        self, in_shape: tuple[int, int, int], *, scale: float, drop_path: float, divisor: int, circular_shift: bool
+    ) -> None:
         super().__init__()
         dim = in_shape[0]
         self.in_shape = in_shape
@@ -96,17 +99,19 @@ class LipShiFTBlock(Part):
 class ShiftMix(nn.Module):
     """The affine half of our block, `x + s * conv(center(shift(x)))`, computed as few operations as possible.
 
-    Centring over the input channels is a projection applied to the kernel, once per step instead of once per pixel; the scale and,
-    where the shift stands before the shortcut, the identity are folded into the kernel as well.
+    Centring over the input channels is a projection applied to the kernel, once per step instead of once per pixel;
+    the scale and, where the shift stands before the shortcut, the identity are folded into the kernel as well.
 
     Args:
-        shift: "circular" (whole input, an isometry), "branch" (circular, inside the branch only) or "zero" (whole input,
+        shift: "circular" (whole input, an isometry), "branch" (circular, inside the branch only) or "zero" (whole
+        input,
             zero-filled, as published).
         circular: wrap the convolution at the border instead of padding with zeros.
     """
 
-    def __init__(self, dim: int, kernel_size: int, *, scale: float, shift: str, divisor: int, center: bool,
-                 circular: bool) -> None:
+    def __init__(
+        self, dim: int, kernel_size: int, *, scale: float, shift: str, divisor: int, center: bool, circular: bool
+    ) -> None:
         super().__init__()
         if kernel_size % 2 == 0:
             raise InputError(f"kernel_size must be odd, not {kernel_size}")
@@ -150,8 +155,14 @@ class _PlainShiftMix(nn.Module):
         super().__init__()
         self.shortcut = source.mode == "branch"
         self.shift = source.shift
-        self.conv = nn.Conv2d(source.dim, source.dim, source.kernel_size, padding=source.kernel_size // 2,
-                              padding_mode="circular" if source.circular else "zeros", device="meta")
+        self.conv = nn.Conv2d(
+            source.dim,
+            source.dim,
+            source.kernel_size,
+            padding=source.kernel_size // 2,
+            padding_mode="circular" if source.circular else "zeros",
+            device="meta",
+        )
         self.conv.weight = nn.Parameter(source.weight.detach().clone())
         self.conv.bias = nn.Parameter(source.bias.detach().clone())
 
@@ -163,7 +174,8 @@ class _PlainShiftMix(nn.Module):
 class LinearShiftBlock(Part):
     """Our block: a linear residual and then the activation, `x <- MaxMin(x + s * conv(center(shift(x))))`.
 
-    The shortcut and the branch are one operator `I + sK`, bounded as one: near 1, where the published block pays 1 + s||K||.
+    The shortcut and the branch are one operator `I + sK`, bounded as one: near 1, where the published block pays 1 +
+    s||K||.
     """
 
     def __init__(self, in_shape: tuple[int, int, int], mix: ShiftMix) -> None:

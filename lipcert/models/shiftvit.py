@@ -1,13 +1,13 @@
 """ShiftViT, LipShiFT as published, and LipShiFT corrected: one network, three sets of parts.
 
-- `shiftvit_*`: Wang et al., "When Shift Operation Meets Vision Transformer", AAAI 2022, arXiv 2201.10801. GroupNorm, GELU MLP; no
-  Lipschitz bound worth having. The speed baseline.
-- `lipshift_paper`: Menon, Franco, Günnemann, "LipShiFT", arXiv 2503.14751, sizes and details as in its released code: CenterNorm,
-  one LiResConv per block, MaxMin, normalised head; patch convolutions padded by one, so that grids are odd and the last pooling
-  leaves out a border (`padding_quirk`).
-- `lipshift_*`: ours. Differences: the residual is linear (`MaxMin(x + s K x)`, bounded as one operator), the shift is circular, so
-  the skip path loses nothing, nothing is padded at patch borders, and a dense layer over the last map replaces average pooling.
-  What each of these is worth: benchmarks/RESULTS.md.
+- `shiftvit_*`: Wang et al., "When Shift Operation Meets Vision Transformer", AAAI 2022, arXiv 2201.10801. GroupNorm,
+  GELU MLP; no Lipschitz bound worth having. The speed baseline.
+- `lipshift_paper`: Menon, Franco, Günnemann, "LipShiFT", arXiv 2503.14751, sizes and details as in its released
+  code: CenterNorm, one LiResConv per block, MaxMin, normalised head; patch convolutions padded by one, so that grids
+  are odd and the last pooling leaves out a border (`padding_quirk`).
+- `lipshift_*`: ours. Differences: the residual is linear (`MaxMin(x + s K x)`, bounded as one operator), the shift
+  is circular, so the skip path loses nothing, nothing is padded at patch borders, and a dense layer over the last
+  map replaces average pooling. What each of these is worth: benchmarks/RESULTS.md.
 
 Inputs are pixels in [0, 1].
 """
@@ -51,7 +51,8 @@ class PartNetwork(nn.Module):
         return constant
 
     def published_bound(self) -> dict[str, Any] | None:
-        """Return what the authors' own formula claims for this network at inference, if it is published ("value", "formula", "note")."""
+        """Return what the authors' own formula claims for this network at inference, if it is published ("value",
+        "formula", "note")."""
         return None
 
     def _parts(self) -> list[Part]:
@@ -86,8 +87,16 @@ class L2Pool(Part):
 
 
 def shiftvit(
-    *, num_classes: int, img_size: int, in_chans: int, embed_dim: int, depths: Sequence[int], mlp_ratio: float,
-    drop_path: float, divisor: int, patch_size: int = 4,
+    *,
+    num_classes: int,
+    img_size: int,
+    in_chans: int,
+    embed_dim: int,
+    depths: Sequence[int],
+    mlp_ratio: float,
+    drop_path: float,
+    divisor: int,
+    patch_size: int = 4,
 ) -> PartNetwork:
     """Build the original ShiftViT."""
     rates = torch.linspace(0, drop_path, sum(depths)).tolist()
@@ -113,7 +122,9 @@ def shiftvit(
 def _conv(in_dim: int, out_dim: int, size: int, grid: int, *, bias: bool = True, padding: int = 0) -> nn.Conv2d:
     """A patch convolution: kernel = stride = `size`; orthogonal at the start."""
     if grid < size:
-        raise InputError(f"patches of {size}x{size} do not fit a {grid}x{grid} map; use larger images or a smaller patch_size")
+        raise InputError(
+            f"patches of {size}x{size} do not fit a {grid}x{grid} map; use larger images or a smaller patch_size"
+        )
     conv = nn.Conv2d(in_dim, out_dim, size, stride=size, padding=padding, bias=bias)
     nn.init.orthogonal_(conv.weight.view(out_dim, -1))
     if conv.bias is not None:
@@ -129,7 +140,8 @@ class LipShiFTPaper(PartNetwork):
         self.dropout = dropout
 
     def published_bound(self) -> dict[str, Any]:
-        """Evaluate the released code's formula: a product of power iterations with dropout factors that inference does not have.
+        """Evaluate the released code's formula: a product of power iterations with dropout factors that inference
+        does not have.
 
         Each convolution counts with 100 power iterations from a constant start on a fixed 32 x 32 grid; each block with
         `1 + (1 - drop_path) * s2 * c * (1 + s1 * norm)`; the whole with `1 - dropout`. The last two make it too small.
@@ -152,9 +164,9 @@ class LipShiFTPaper(PartNetwork):
                             value *= module.factor
         return {
             "value": value,
-            "formula": "(1 - dropout) * prod [1 + (1 - drop_path) s2 c (1 + s1 sigma)] * ..., sigma by 100 power iterations",
+            "formula": "(1 - dropout) * prod [1 + (1 - drop_path) s2 c (1 + s1 sigma)] * ..., sigma by power iteration",
             "note": "The factors 1 - dropout and 1 - drop_path belong to no network at inference, and power iteration "
-                    "approaches a norm from below: this value is not a bound.",
+            "approaches a norm from below: this value is not a bound.",
         }
 
 
@@ -174,8 +186,17 @@ def _published_norm(weight: Tensor, stride: int, padding: int, iterations: int =
 
 
 def lipshift_published(
-    *, num_classes: int, img_size: int, in_chans: int, embed_dim: int = 96, depths: Sequence[int] = (6, 6, 10, 6),
-    scale: float = 0.2, dropout: float = 0.4, drop_path: float = 0.2, divisor: int = 12, padding_quirk: bool = True,
+    *,
+    num_classes: int,
+    img_size: int,
+    in_chans: int,
+    embed_dim: int = 96,
+    depths: Sequence[int] = (6, 6, 10, 6),
+    scale: float = 0.2,
+    dropout: float = 0.4,
+    drop_path: float = 0.2,
+    divisor: int = 12,
+    padding_quirk: bool = True,
 ) -> LipShiFTPaper:
     """Build LipShiFT as released. `padding_quirk` pads every patch convolution by one, as its code does by accident."""
     padding = 1 if padding_quirk else 0
@@ -202,15 +223,30 @@ def lipshift_published(
 
 
 def lipshift(
-    *, num_classes: int, img_size: int, in_chans: int, embed_dim: int, depths: Sequence[int], patch_size: int | None = None,
-    residual: str = "linear", kernel_size: int = 3, shift: str = "circular", center: bool = True, circular: bool = False,
-    scale: float = 0.2, divisor: int = 12, neck: int = 512, neck_depth: int = 0, pool: str = "l2",
+    *,
+    num_classes: int,
+    img_size: int,
+    in_chans: int,
+    embed_dim: int,
+    depths: Sequence[int],
+    patch_size: int | None = None,
+    residual: str = "linear",
+    kernel_size: int = 3,
+    shift: str = "circular",
+    center: bool = True,
+    circular: bool = False,
+    scale: float = 0.2,
+    divisor: int = 12,
+    neck: int = 512,
+    neck_depth: int = 0,
+    pool: str = "l2",
 ) -> PartNetwork:
     """Build our LipShiFT.
 
     Args:
         depths: blocks per stage; between two stages 2x2 patches merge and the width doubles.
-        patch_size: side of the first patches; None chooses the largest power of two that leaves the last stage a grid of at
+        patch_size: side of the first patches; None chooses the largest power of two that leaves the last stage a
+        grid of at
             least 4 (7 if there is one stage): 4 for 28 and 32 pixels, 8 for 64, 32 for 224.
         residual: "linear" (`LinearShiftBlock`) or "published" (`LipShiFTBlock`).
         shift: "circular", "branch" or "zero", see `ShiftMix`.
@@ -225,7 +261,10 @@ def lipshift(
             f"(patch_size {patch}, {stages} stages); choose another patch_size or fewer stages"
         )
     dim, grid = embed_dim, img_size // patch
-    parts: list[Part | nn.Module] = [Center(), Affine((in_chans, img_size, img_size), _conv(in_chans, dim, patch, img_size))]
+    parts: list[Part | nn.Module] = [
+        Center(),
+        Affine((in_chans, img_size, img_size), _conv(in_chans, dim, patch, img_size)),
+    ]
     for stage, depth in enumerate(depths):
         if stage:
             parts.append(Affine((dim, grid, grid), _conv(dim, 2 * dim, 2, grid)))
@@ -233,10 +272,14 @@ def lipshift(
         for _ in range(depth):
             shape = (dim, grid, grid)
             if residual == "linear":
-                mix = ShiftMix(dim, kernel_size, scale=scale, shift=shift, divisor=divisor, center=center, circular=circular)
+                mix = ShiftMix(
+                    dim, kernel_size, scale=scale, shift=shift, divisor=divisor, center=center, circular=circular
+                )
                 parts.append(LinearShiftBlock(shape, mix))
             elif residual == "published":
-                parts.append(LipShiFTBlock(shape, scale=scale, drop_path=0.0, divisor=divisor, circular_shift=shift != "zero"))
+                parts.append(
+                    LipShiFTBlock(shape, scale=scale, drop_path=0.0, divisor=divisor, circular_shift=shift != "zero")
+                )
             else:
                 raise InputError(f"residual must be linear or published, not {residual!r}")
     if neck:
@@ -278,7 +321,9 @@ def shiftvit_small(**kwargs: Any) -> nn.Module:
 @models.register()
 def shiftvit_base(**kwargs: Any) -> nn.Module:
     """ShiftViT-B: 128 wide, 10-18-36-10 blocks."""
-    return shiftvit(**{**dict(embed_dim=128, depths=(10, 18, 36, 10), mlp_ratio=2, drop_path=0.6, divisor=16), **kwargs})
+    return shiftvit(
+        **{**dict(embed_dim=128, depths=(10, 18, 36, 10), mlp_ratio=2, drop_path=0.6, divisor=16), **kwargs}
+    )
 
 
 @models.register()

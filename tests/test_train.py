@@ -1,0 +1,181 @@
+"""Training: it learns, resumes to the same weights after any interruption, and stops when the loss is not finite."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+import lipcert.train
+from lipcert.checkpoint import load_model
+from lipcert.config import TrainConfig, to_yaml
+from lipcert.errors import InputError
+from lipcert.train import METRICS, Diverged, train
+
+TINY: dict[str, Any] = dict(
+    model="lipshift_tiny",
+    model_args={"embed_dim": 16, "depths": [1], "neck": 32, "patch_size": 2},
+    data="digits",
+    epochs=2,
+    batch_size=64,
+    lr=5e-3,
+)
+
+
+class Killed(Exception):
+    pass
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_model(folder)[0].state_dict()
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    one, two = weights(first), weights(second)
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+def killed_after(batches: int):
+    """Return a progress wrapper that raises once this many batches have been handed out."""
+    left = [batches]
+
+    def progress(items: Iterable, length: int, label: str) -> Iterable:
+        for item in items:
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+            yield item
+
+    return progress
+
+
+def test_training_learns_and_leaves_a_run_folder(tmp_path: Path) -> None:
+    row = train(TrainConfig(**{**TINY, "epochs": 4}), tmp_path / "run", device="cpu")
+    assert row["val_clean"] > 0.9 and row["val_certified"] > 0.6
+    assert row["lipschitz_estimate"] * (1 - 1e-3) <= row["lipschitz_upper"] <= 1.25 * row["lipschitz_estimate"]
+    table = pd.read_csv(tmp_path / "run" / "metrics.csv")
+    assert tuple(table.columns) == METRICS and len(table) == 4
+    assert table.train_loss.iloc[-1] < table.train_loss.iloc[0]
+    assert table.lipschitz_upper.notna().tolist() == [False, False, False, True]
+    assert table.eps.is_monotonic_increasing and table.eps.iloc[-1] == pytest.approx(2 * 36 / 255)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"config.yaml", "env.json", "metrics.csv", "model", "state.pt"} <= names
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema": 0.9, "optimizer": "nadam"}], ids=["plain", "average"])
+@pytest.mark.parametrize("batches", [0, 7, 19, 30])
+def test_a_run_killed_anywhere_resumes_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: int, changes: dict[str, Any]
+) -> None:
+    config = TrainConfig(**{**TINY, **changes})
+    train(config, tmp_path / "undisturbed", device="cpu")
+    monkeypatch.setattr(lipcert.train, "SAVE_EVERY", 0.0)
+    with pytest.raises(Killed):
+        train(config, tmp_path / "killed", device="cpu", progress=killed_after(batches))
+    monkeypatch.setattr(lipcert.train, "SAVE_EVERY", 60.0)
+    torch.manual_seed(12345)  # nothing may depend on the state of the process that resumes
+    if batches == 0:  # before the first state was written there is nothing to continue
+        with pytest.raises(InputError, match="nothing to resume"):
+            train(config, tmp_path / "killed", device="cpu", resume=True)
+        return
+    train(config, tmp_path / "killed", device="cpu", resume=True)
+    assert_same_weights(tmp_path / "undisturbed", tmp_path / "killed")
+    columns = [name for name in METRICS if name not in ("images_per_second", "seconds")]
+    tables = [pd.read_csv(tmp_path / name / "metrics.csv")[columns] for name in ("undisturbed", "killed")]
+    pd.testing.assert_frame_equal(*tables)
+
+
+def test_a_process_killed_by_the_system_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(TrainConfig(**{**TINY, "epochs": 30})))
+    command = [sys.executable, "-m", "lipcert", "train", str(tmp_path / "config.yaml"), "--device", "cpu", "-o"]
+    root = Path(__file__).parents[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed = subprocess.Popen(
+        [*command, str(tmp_path / "killed")], cwd=root, env=environment, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "state.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.3)  # anywhere in a later epoch
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, "it ended before it was killed"
+    resume = [sys.executable, "-m", "lipcert", "train", "--resume", "--device", "cpu", "-o", str(tmp_path / "killed")]
+    subprocess.run(resume, cwd=root, env=environment, check=True, capture_output=True)
+    subprocess.run([*command, str(tmp_path / "whole")], cwd=root, env=environment, check=True, capture_output=True)
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_two_processes_train_like_one(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(to_yaml(TrainConfig(**{**TINY, "epochs": 1})))
+    arguments = ["-m", "lipcert", "train", str(tmp_path / "config.yaml"), "--device", "cpu", "-o"]
+    root, environment = Path(__file__).parents[1], {**os.environ, "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, *arguments, str(tmp_path / "two")], cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    train(TrainConfig(**{**TINY, "epochs": 1}), tmp_path / "one", device="cpu")
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for name, tensor in one.items():
+        if not name.startswith("power."):
+            torch.testing.assert_close(two[name], tensor, rtol=1e-2, atol=2e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, calls = TrainConfig(**TINY), [0]
+    emma = lipcert.train.losses.get("emma")
+
+    def breaks_in_the_second_epoch(*arguments):
+        calls[0] += 1
+        return emma(*arguments) * (float("nan") if calls[0] > 25 else 1.0)
+
+    monkeypatch.setattr(lipcert.train.losses, "get", lambda name: breaks_in_the_second_epoch)
+    with pytest.raises(Diverged, match="smaller lr"):
+        train(config, tmp_path / "run", device="cpu")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(tmp_path / "run").values())
+    assert len(pd.read_csv(tmp_path / "run" / "metrics.csv")) == 1
+
+
+def test_a_finished_or_started_run_is_never_overwritten(tmp_path: Path) -> None:
+    config = TrainConfig(**{**TINY, "epochs": 1})
+    row = train(config, tmp_path / "run", device="cpu")
+    with pytest.raises(InputError, match="already holds a run"):
+        train(config, tmp_path / "run", device="cpu")
+    assert train(config, tmp_path / "run", device="cpu", resume=True) == row
+    with pytest.raises(InputError, match="another configuration"):
+        train(TrainConfig(**{**TINY, "lr": 1.0, "epochs": 1}), tmp_path / "run", device="cpu", resume=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a state", b"PK\x03\x04"])
+def test_a_damaged_state_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "state.pt").write_bytes(content)
+    with pytest.raises(InputError, match="damaged"):
+        train(TrainConfig(**TINY), tmp_path, device="cpu", resume=True)
+
+
+def test_shiftvit_trains_with_cross_entropy_only(tmp_path: Path) -> None:
+    small = dict(
+        model="shiftvit_tiny", model_args={"embed_dim": 16, "depths": [1], "patch_size": 2}, data="digits", epochs=1
+    )
+    with pytest.raises(InputError, match="cross_entropy"):
+        train(TrainConfig(**small), tmp_path / "margin", device="cpu")
+    row = train(TrainConfig(**small, loss="cross_entropy"), tmp_path / "plain", device="cpu")
+    assert row["train_clean"] > 0.2 and row["lipschitz_estimate"] is None
+
+
+def test_bfloat16_trains(tmp_path: Path) -> None:
+    row = train(TrainConfig(**{**TINY, "precision": "bfloat16"}), tmp_path / "run", device="cpu")
+    assert row["val_clean"] > 0.5
