@@ -120,5 +120,5 @@ def _card(config: Mapping[str, Any]) -> str:
         f"{config['num_classes']} classes, inputs {config['in_chans']} x {config['img_size']} x {config['img_size']} "
         f"in [0, 1]"
         f"{', trained on ' + str(config['data']) if config.get('data') else ''}.\n\n"
-        "Load with `lipcert.checkpoint.load_model(folder)`; audit with `lipcert bound`; certify with `lipcert certify`.\n"
+        "Load with `lipcert.checkpoint.load_model(folder)`; see also `lipcert bound` and `lipcert certify`.\n"
     )

@@ -33,6 +33,7 @@ from lipcert.errors import InputError
 from lipcert.export import export
 from lipcert.files import require_writable, write_json, write_text
 from lipcert.layers import pairwise_distances
+from lipcert.models.network import PartNetwork
 from lipcert.registry import create_model, losses
 from lipcert.runtime import Processes, environment, processes, seed_everything, select_device
 
@@ -65,7 +66,7 @@ class WithPairwise(nn.Module):
     """The network and, in the same forward pass, the pairwise Lipschitz estimates of its logits (so that DDP sees
     both)."""
 
-    def __init__(self, model: nn.Module, estimated: bool) -> None:
+    def __init__(self, model: PartNetwork, estimated: bool) -> None:
         super().__init__()
         self.model, self.estimated = model, estimated
 
@@ -124,9 +125,10 @@ class _Training:
         self.loss = losses.get(config.loss)
         # The split has a seed of its own: runs that differ in their seed share it, and never train on each other's
         # choices.
-        split = {"val_fraction": config.val_fraction, "img_size": config.img_size, "download": download}
-        self.train_set = data.load(config.data, data_root, "train", **split).to(device)
-        self.val_set = data.load(config.data, data_root, "val", **split).to(device)
+        self.train_set, self.val_set = (
+            data.load(config.data, data_root, split, download, config.val_fraction, img_size=config.img_size).to(device)
+            for split in ("train", "val")
+        )
         self.steps_per_epoch = len(self.train_set) // config.batch_size
         if self.steps_per_epoch == 0:
             raise InputError(f"batch_size {config.batch_size} is larger than the {len(self.train_set)} training images")
@@ -212,7 +214,7 @@ class _Training:
         if self.group.is_main:
             save_model(self._best(), self.folder / "model", self.recipe)
         log.info(
-            "%s: loss %.4f, validation: clean %.2f %%, certified at %.4f by the estimate %.2f %%, L about %s, %.0f images/s",
+            "%s: loss %.4f; validation clean %.2f %%, certified at %.4f by estimate %.2f %%; L about %s; %.0f images/s",
             label,
             row["train_loss"],
             100 * row["val_clean"],
@@ -301,8 +303,12 @@ class _Training:
             write_text(self.folder / "metrics.csv", self._metrics())
         return row
 
-    def _best(self) -> nn.Module:
-        return self.model if self.average is None else self.average.module
+    def _best(self) -> PartNetwork:
+        if self.average is None:
+            return self.model
+        averaged = self.average.module
+        assert isinstance(averaged, PartNetwork)  # AveragedModel copies what it is given
+        return averaged
 
     def _eps(self, step: int) -> float:
         share = min(1.0, step / max(1.0, self.config.eps_ramp * self.steps))
@@ -356,13 +362,16 @@ class _Training:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
 
 
-def build(recipe: dict[str, Any]) -> nn.Module:
+def build(recipe: dict[str, Any]) -> PartNetwork:
     """Create the model of a recipe (the content of a model folder's config.json); wrong arguments raise InputError."""
     keys = ("num_classes", "img_size", "in_chans")
     try:
-        return create_model(recipe["model"], **{key: recipe[key] for key in keys}, **recipe["kwargs"])
+        model = create_model(recipe["model"], **{key: recipe[key] for key in keys}, **recipe["kwargs"])
     except TypeError as error:
         raise InputError(f"model {recipe['model']!r}: {error}") from error
+    if not isinstance(model, PartNetwork):
+        raise InputError(f"model {recipe['model']!r} is not a lipcert.models.network.PartNetwork, which training needs")
+    return model
 
 
 def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:

@@ -31,15 +31,25 @@ Examples:
 @click.option("--loss", metavar="NAME", help="emma, gloro, trades, offset_cross_entropy or cross_entropy.")
 @click.option("--seed", type=click.IntRange(0), help="Seed of everything random.  [default: 0]")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set any key of the configuration.")
-@click.option("-o", "--output", "run", required=True, type=click.Path(file_okay=False, path_type=Path), help="Run folder.")
+@click.option(
+    "-o", "--output", "run", required=True, type=click.Path(file_okay=False, path_type=Path), help="Run folder."
+)
 @click.option("--resume", is_flag=True, help="Continue the run in this folder where it stopped.")
 @click.option("--download", is_flag=True, help="Fetch the data set if it is missing.")
 @device_option
 @data_root_option
 @json_option
 def command(
-    config: str | None, preset: str | None, settings: tuple[str, ...], run: Path, resume: bool, download: bool,
-    device: str, data_root: str | None, json_file: str | None, **given: Any,
+    config: str | None,
+    preset: str | None,
+    settings: tuple[str, ...],
+    run: Path,
+    resume: bool,
+    download: bool,
+    device: str,
+    data_root: str | None,
+    json_file: str | None,
+    **given: Any,
 ) -> None:
     """Train a model; CONFIG is a YAML file of `key: value` lines (default values: lipcert presets)."""
     from lipcert.config import find_preset, load_config, parse_settings
@@ -65,7 +75,12 @@ def command(
     from lipcert.train import train
 
     row = train(
-        resolved, run, data_root=data_root, download=download, device=device, resume=resume,
+        resolved,
+        run,
+        data_root=data_root,
+        download=download,
+        device=device,
+        resume=resume,
         progress=_bar if sys.stderr.isatty() else _silent,
     )
     if json_file != "-":

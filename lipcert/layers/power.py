@@ -71,7 +71,7 @@ def _iterate(module: nn.Module, parameters: Mapping[str, Tensor], vectors: Tenso
     frozen = {name: value.detach() for name, value in parameters.items()}
 
     def step(parameters: dict[str, Tensor], vector: Tensor) -> Tensor:
-        image, adjoint = vjp(lambda v: _apply(module)(parameters, v), vector)
+        image, adjoint, *_ = vjp(lambda v: _apply(module)(parameters, v), vector)
         return adjoint(image)[0]
 
     for _ in range(iterations):

@@ -80,17 +80,18 @@ class LipShiFTBlock(Part):
         dim = in_shape[0]
         self.in_shape = in_shape
         self.shift = Shift(dim, divisor=divisor, circular=circular_shift)
-        self.branch = nn.Sequential(CenterNorm(dim), LiResConv(dim, scale=scale))
+        self.norm = CenterNorm(dim)
+        self.residual = LiResConv(dim, scale=scale)
         self.activation = MaxMin()
         self.scale = nn.Parameter(torch.full((dim,), scale))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:  # (n, dim, h, w) -> (n, dim, h, w)
         x = self.shift(x)
-        return x + self.drop_path(self.scale.view(1, -1, 1, 1) * self.activation(self.branch(x)))
+        return x + self.drop_path(self.scale.view(1, -1, 1, 1) * self.activation(self.residual(self.norm(x))))
 
     def segments(self) -> list[Segment]:
-        return [(self.branch, self.in_shape)]
+        return [(nn.Sequential(self.norm, self.residual), self.in_shape)]
 
     def lipschitz(self, norms: Sequence[Tensor]) -> Tensor:
         return 1 + self.scale.abs().amax() * norms[0]

@@ -22,41 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lipcert.errors import InputError
-from lipcert.layers import AvgPool2d, CenterNorm, Dropout, L2Pool2d, MaxMin, NormalizedLinear, PowerIteration
+from lipcert.layers import AvgPool2d, CenterNorm, Dropout, L2Pool2d, MaxMin, NormalizedLinear
+from lipcert.models.network import PartNetwork
 from lipcert.models.parts import Affine, LinearShiftBlock, LipShiFTBlock, Part, ShiftBlock, ShiftMix
 from lipcert.registry import models
-
-
-class PartNetwork(nn.Module):
-    """Parts in a row, then a linear head on the flattened features.
-
-    `lipschitz_estimate()` multiplies the parts' estimates: the constant of the features, input pixels to head input.
-    """
-
-    def __init__(self, parts: Sequence[Part | nn.Module], head: nn.Module) -> None:
-        super().__init__()
-        self.parts = nn.Sequential(*parts)
-        self.head = head
-        self.power = PowerIteration([segment for part in self._parts() for segment in part.segments()])
-
-    def forward(self, x: Tensor) -> Tensor:  # (n, c, h, w) in [0, 1] -> (n, num_classes)
-        return self.head(self.parts(x).flatten(1))
-
-    def lipschitz_estimate(self, iterations: int = 1) -> Tensor:
-        """Run the power iterations and return the estimate of the features' constant, differentiable in all weights."""
-        norms = iter(self.power(iterations))
-        constant = self.head.weight.new_ones(())
-        for part in self._parts():
-            constant = constant * part.lipschitz([next(norms) for _ in part.segments()])
-        return constant
-
-    def published_bound(self) -> dict[str, Any] | None:
-        """Return what the authors' own formula claims for this network at inference, if it is published ("value",
-        "formula", "note")."""
-        return None
-
-    def _parts(self) -> list[Part]:
-        return [part for part in self.parts if isinstance(part, Part)]
 
 
 class Center(Part):
@@ -135,7 +104,7 @@ def _conv(in_dim: int, out_dim: int, size: int, grid: int, *, bias: bool = True,
 class LipShiFTPaper(PartNetwork):
     """LipShiFT as published, with the constant that its authors' formula gives at evaluation."""
 
-    def __init__(self, parts: Sequence[Part | nn.Module], head: nn.Module, dropout: float) -> None:
+    def __init__(self, parts: Sequence[Part | nn.Module], head: NormalizedLinear, dropout: float) -> None:
         super().__init__(parts, head)
         self.dropout = dropout
 
@@ -150,16 +119,15 @@ class LipShiFTPaper(PartNetwork):
         with torch.no_grad():
             for part in self._parts():
                 if isinstance(part, LipShiFTBlock):
-                    norm, residual = part.branch[0], part.branch[1]
-                    inner = 1 + residual.scale.abs().max().item() * _published_norm(residual.branch, 1, 1)
-                    branch = part.scale.abs().max().item() * _published_center(norm) * inner
+                    inner = 1 + part.residual.scale.abs().max().item() * _published_norm(part.residual.branch, 1, 1)
+                    branch = part.scale.abs().max().item() * _published_center(part.norm) * inner
                     value *= 1 + (1 - part.drop_path.rate) * branch
                 elif isinstance(part, Affine):
                     for module in part.map:
                         if isinstance(module, CenterNorm):
                             value *= _published_center(module)
                         elif isinstance(module, nn.Conv2d):
-                            value *= _published_norm(module.weight, module.stride[0], module.padding[0])
+                            value *= _published_norm(module.weight, module.stride[0], int(module.padding[0]))
                         elif isinstance(module, AvgPool2d):
                             value *= module.factor
         return {

@@ -37,11 +37,11 @@ def test_estimates_converge_from_below_to_the_norm_on_the_true_grid() -> None:
     ]
     power = PowerIteration(segments)
     few = [norm.item() for norm in power(1)]
-    many = [norm.item() for norm in power(500)]
+    many = [norm.item() for norm in power(200)]
     for (module, shape), low, high in zip(segments, few, many, strict=True):
         truth = dense(module, shape)
         assert low <= truth * (1 + 1e-5)
-        assert high == pytest.approx(truth, rel=1e-4)
+        assert high == pytest.approx(truth, rel=1e-3)
 
 
 def test_equal_segments_share_one_batch_and_grids_do_not_mix() -> None:
@@ -60,7 +60,7 @@ def test_estimate_is_warm_started() -> None:
 def test_gradient_is_that_of_the_norm() -> None:
     module, shape = segment(3, 3)
     power = PowerIteration([(module, shape)])
-    power(500)
+    power(200)
     power(1)[0].backward()
     weight = module[1].branch
     step = 1e-3 * weight.grad / weight.grad.norm()
@@ -93,7 +93,7 @@ def test_tiny_and_huge_weights_are_measured() -> None:
         linear = nn.Linear(5, 5)
         with torch.no_grad():
             linear.weight *= factor
-        assert PowerIteration([(linear, (5,))])(200)[0].item() == pytest.approx(dense(linear, (5,)), rel=1e-3)
+        assert PowerIteration([(linear, (5,))])(60)[0].item() == pytest.approx(dense(linear, (5,)), rel=1e-3)
 
 
 def test_vectors_travel_with_the_state_and_parameters_have_one_owner() -> None:

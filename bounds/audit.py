@@ -1,0 +1,197 @@
+"""Audit: everything that can be proved about the Lipschitz constant of a model, and how.
+
+`audit` exports a model, lifts patterns, walks the graph once and collects the result. A certificate rests on nothing else:
+neither on how the model was trained nor on what its layers claim.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from lipcert.bounds.core import Bound, BoundError
+from lipcert.bounds.graph import Graph, Ref
+from lipcert.bounds.patterns import lift
+from lipcert.bounds.program import Program
+from lipcert.bounds.propagation import Context, Derivation, Value, propagate
+from lipcert.bounds.report import LayerBound, describe, rows, table
+from lipcert.bounds.rounding import UNIT, add_up, enlarge, gamma, mul_up
+from lipcert.bounds.tracing import trace
+
+_PASSED_ON = ("aten.alias.default", "aten.contiguous.default", "aten.clone.default", "aten.detach.default")
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last linear layer z = W h + b: what certificates per pair of classes are made of.
+
+    `penultimate` bounds h, `weight` is W (K, d). `rows` (K, m), where not None, are those of the whole last affine segment
+    from an anchor bounded by `anchor`, exact up to `error` in the operator norm.
+    """
+
+    penultimate: Bound
+    weight: Tensor = field(repr=False)
+    logits: Bound
+    anchor: Bound | None = None
+    rows: Tensor | None = field(default=None, repr=False)
+    error: float = 0.0
+
+    def pairwise(self) -> Tensor:
+        """Return upper bounds of the Lipschitz constants of z_i - z_j, (K, K) in float64, zero on the diagonal.
+
+        The smallest of L_h·‖w_i - w_j‖, of the same with the rows of the last segment, and of √2·L.
+        """
+        best = _differences(self.weight) * self.penultimate.require_upper()
+        best = torch.minimum(best, torch.full_like(best, mul_up(math.sqrt(2.0) * (1.0 + 2.0**-52), self.logits.require_upper())))
+        if self.rows is not None and self.anchor is not None:
+            fused = (_differences(self.rows) + mul_up(2.0, self.error)) * self.anchor.require_upper()
+            best = torch.minimum(best, enlarge(fused, 2))
+        return enlarge(best, 2).fill_diagonal_(0.0)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The proved bound of a model from images (l2) to outputs (l2), and where it comes from. `print` shows a table."""
+
+    upper: Bound
+    layers: tuple[LayerBound, ...]
+    unbounded: tuple[tuple[str, str, str], ...]  # (name, op, reason)
+    weights_sha256: str
+    input_shape: tuple[int, ...]
+    domain: tuple[float, float]
+    head: Head | None
+    program: Program = field(repr=False)
+    seconds: float
+    outputs: int
+
+    def pairwise(self) -> Tensor:
+        """Return upper bounds of the Lipschitz constants of z_i - z_j (K, K); √2·L off the diagonal without a head."""
+        if self.head is not None:
+            return self.head.pairwise()
+        value = mul_up(math.sqrt(2.0) * (1.0 + 2.0**-52), self.upper.require_upper())
+        return torch.full((self.outputs, self.outputs), value, dtype=torch.float64).fill_diagonal_(0.0)
+
+    def to_json(self) -> dict:
+        """Return the audit as JSON-able data; infinities are the string "inf"."""
+        return {
+            "weights_sha256": self.weights_sha256,
+            "input": {"shape": list(self.input_shape), "domain": list(self.domain)},
+            "norm": "l2",
+            "upper": _finite(self.upper.value),
+            "lower": None,
+            "lower_witness": None,
+            "seconds": round(self.seconds, 3),
+            "layers": [
+                {
+                    "name": row.name, "op": row.op, "shape": list(row.shape), "upper": _finite(row.upper.value),
+                    "lower": None, "method": row.method, "cumulative": _finite(row.cumulative), "note": row.note,
+                }
+                for row in self.layers
+            ],
+            "unbounded": [{"name": name, "op": op, "reason": reason} for name, op, reason in self.unbounded],
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        return table(self.layers, self.upper, self.unbounded)
+
+
+def audit(
+    model: nn.Module | torch.export.ExportedProgram, input_shape: Sequence[int], domain: tuple[float, float] = (0.0, 1.0),
+    tightness: str = "fast", method: str = "auto",
+) -> Audit:  # fmt: skip
+    """Bound the l2 Lipschitz constant of a model for inputs (n, *input_shape), with every rounding error counted.
+
+    A module is copied, put into evaluation mode and into float64; an exported program is taken as it is. `domain` is the
+    interval that inputs lie in, `method` how spectral norms are bounded ("auto", "eigenvalue", "gram"). Raises BoundError
+    for operators without a rule (all of them at once), weights that are not finite, BatchNorm on batch statistics, and
+    operators that mix images. Where no finite bound is known, `upper` is infinite and `unbounded` says why.
+
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
+    >>> _ = nn.init.constant_(model[1].weight, 0.5)
+    >>> audit(model, (1, 2, 2)).upper
+    Bound(value=1.4142135623730951, kind='upper', method='eigenvalue', precision='float64')
+    """
+    start = time.perf_counter()
+    shape = tuple(int(size) for size in input_shape)
+    if not shape or min(shape) < 1:
+        raise BoundError(f"input_shape is the shape of one input, such as (3, 32, 32), got {tuple(input_shape)}")
+    low, high = (float(end) for end in domain)
+    if not low <= high:
+        raise BoundError(f"domain is an interval (low, high), got {tuple(domain)}")
+    if tightness != "fast":
+        raise BoundError(f"tightness is 'fast', got {tightness!r}")
+    with torch.no_grad():
+        graph = lift(trace(model, shape))
+        last = _last_linear(graph)
+        keep = {graph.output} | ({last[0]} if last else set())
+        context, kept = propagate(graph, method, keep)
+        output = kept[graph.output]
+        segment = _last_segment(context, output) if last else None
+        upper = context.bound(output)
+        head = None
+        if last is not None:
+            head = Head(context.bound(kept[last[0]]), last[1], upper, *(segment or ()))
+    needed = [output.index] + ([kept[last[0]].index] if last else [])
+    layers = rows(context, needed)
+    unbounded = tuple(
+        (describe(graph.nodes[index]), derivation.label, f"{derivation.reason} ({graph.nodes[index].place})")
+        for index, derivation in sorted(context.derivations.items())
+        if derivation.reason
+    )
+    program = Program(graph, context.steps, context.derivations, context.merged)
+    outputs = math.prod(output.shape)
+    seconds = time.perf_counter() - start
+    return Audit(upper, layers, unbounded, graph.weights_sha256(), shape, (low, high), head, program, seconds, outputs)
+
+
+def _last_linear(graph: Graph) -> tuple[str, Tensor] | None:
+    """Return the name of h and the matrix W where the output is W h + b (and nothing after it), else None."""
+    node = {node.name: node for node in graph.nodes}[graph.output]
+    table = {node.name: node for node in graph.nodes}
+    while node.op in _PASSED_ON:
+        node = table[node["self"].name]
+    if len(node.shape) != 2:
+        return None
+    if node.op == "aten.linear.default" and not isinstance(node["weight"], Ref) and isinstance(node["input"], Ref):
+        return node["input"].name, node["weight"]
+    if node.op in ("aten.mm.default", "aten.matmul.default"):
+        second = node["mat2"] if node.op == "aten.mm.default" else node["other"]
+        if isinstance(node["self"], Ref) and isinstance(second, Tensor) and second.ndim == 2:
+            return node["self"].name, second.T
+    if node.op == "aten.addmm.default" and isinstance(node["mat1"], Ref) and isinstance(node["mat2"], Tensor):
+        return node["mat1"].name, node["mat2"].T
+    return None
+
+
+def _last_segment(context: Context, output: Value) -> tuple[Bound, Tensor, float] | None:
+    """Return the bound of the earliest anchor of the output, the rows of the map from it, and the error of these."""
+    if not output.representations:
+        return None
+    (anchor, _), found = min(output.representations.items(), key=lambda item: item[0][0].index)
+    m = found.map.regrouped(1)
+    if m.out != (1, 1) or any(m.wrap) or math.prod(output.shape) != m.c_out:
+        return None
+    return context.bound(anchor), m.taps[:, 0].movedim(1, 0).flatten(1), m.error
+
+
+def _differences(matrix: Tensor) -> Tensor:
+    """Return upper bounds of ‖w_i - w_j‖ for the rows of a matrix, (K, K).
+
+    From the Gram matrix, whose entries err by γ_m‖w_i‖‖w_j‖: ‖w_i - w_j‖² ≤ G_ii + G_jj - 2G_ij + γ_{m+4}(‖w_i‖ + ‖w_j‖)².
+    """
+    matrix = matrix.to(torch.float64)
+    gram = matrix @ matrix.T
+    squares = gram.diagonal()
+    norms = enlarge(torch.linalg.vector_norm(matrix, dim=1), matrix.shape[1] + 4)
+    slack = enlarge((norms[:, None] + norms[None]).square() * gamma(matrix.shape[1] + 8), 4) + 2.0**-900
+    total = (squares[:, None] + squares[None] - 2.0 * gram).clamp_min(0.0) + slack
+    return enlarge(total.sqrt(), 4)
+
+
+def _finite(value: float) -> float | str:
+    return "inf" if math.isinf(value) else value

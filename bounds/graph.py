@@ -1,0 +1,118 @@
+"""A small immutable graph of ATen operators: what an exported model computes, for one image.
+
+Every `Node` has one output and names its arguments as the operator's schema does. A data argument is a `Ref` to another
+node; everything else is constant: numbers, and float64 tensors that were weights or came from weights alone. Sizes are
+those of a batch of one image; `Node.batch` says which dimension counts the images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+@dataclass(frozen=True)
+class Ref:
+    """Name a value that depends on the input."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """Stand for `factor` times the number of images."""
+
+    factor: int
+
+
+@dataclass(frozen=True, eq=False)
+class BatchConstant:
+    """Hold a constant that has a batch dimension, of size 1 here, the same for every image."""
+
+    tensor: Tensor = field(repr=False)
+    axis: int
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """One operator: its name ("aten.conv2d.default"), its arguments by the names of its schema, and where it stands.
+
+    A data argument is a `Ref`, a constant a float64 tensor (or a `BatchConstant`). `shape` is that of one image, `batch`
+    the dimension that counts the images, `output` which of several results this is.
+    """
+
+    name: str
+    op: str
+    arguments: Mapping[str, Any]
+    shape: tuple[int, ...]
+    batch: int | None
+    module: str = ""
+    source: str = ""
+    output: int | None = None
+    target: Any = field(default=None, repr=False)
+
+    def __getitem__(self, argument: str) -> Any:
+        return self.arguments[argument]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Return the names of the data arguments, in order, with repeats."""
+        return tuple(ref.name for argument in self.arguments.values() for ref in refs(argument))
+
+    @property
+    def place(self) -> str:
+        """Return module path and source line for messages."""
+        parts = (f"module {self.module}" if self.module else "", self.source)
+        return ", ".join(part for part in parts if part) or self.name
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """Hold the nodes in topological order, the input first; `output` names the result."""
+
+    nodes: tuple[Node, ...]
+    output: str
+    weights: Mapping[str, Tensor]  # the parameters and buffers that the result depends on
+    batched: bool  # False for a program exported for a batch of exactly one image
+
+    @property
+    def input(self) -> Node:
+        return self.nodes[0]
+
+    def weights_sha256(self) -> str:
+        """Return the SHA-256 of the weights: names in order, shapes, and values as little-endian float64 or int64."""
+        digest = hashlib.sha256()
+        for name in sorted(self.weights):
+            tensor = self.weights[name].detach().cpu().contiguous()
+            exact = tensor.to(torch.float64 if tensor.is_floating_point() else torch.int64).numpy()
+            digest.update(f"{name}\0{exact.dtype.str[1:]}{tuple(tensor.shape)}\0".encode())
+            digest.update(exact.astype(exact.dtype.newbyteorder("<")).tobytes())
+        return digest.hexdigest()
+
+
+def call(target: Any, arguments: Mapping[str, Any]) -> Any:
+    """Run an ATen operator, or a function of ours, on arguments by name."""
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return target(**arguments)
+    positional = [arguments[a.name] for a in schema.arguments if not a.kwarg_only]
+    named = {a.name: arguments[a.name] for a in schema.arguments if a.kwarg_only}
+    return target(*positional, **named)
+
+
+def leaves(argument: Any) -> Iterator[Any]:
+    if isinstance(argument, list | tuple):
+        for item in argument:
+            yield from leaves(item)
+    else:
+        yield argument
+
+
+def refs(argument: Any) -> Iterator[Ref]:
+    return (leaf for leaf in leaves(argument) if isinstance(leaf, Ref))
+
+

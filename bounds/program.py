@@ -1,0 +1,259 @@
+"""Evaluate an audited graph and bound the rounding error of the result, image by image (MATH.md 4).
+
+Every node v has an exact value and a computed one. Let e(v) bound their distance in l2. Where the audit derived
+L(v) ≤ Λ·L(a) from an anchor a (an affine segment, pieces of one parent, one operator), the same Λ carries errors:
+
+    e(v) ≤ Λ·e(a) + local(v),      local(v) ≥ ‖computed v - the exact segment applied to the computed a‖,
+
+    local(v) = Σ_i s_i·local(u_i) + (rounding of this operator)       over its arguments u_i, local(a) = 0,
+
+with s_i a cheap bound of the operator's own norm; sums over several sources as in the derivation. So an error that has
+passed a segment is multiplied by the norm of the segment, and only what arises inside meets cheap bounds. The rounding of
+an operator is given by `Rounding`: in terms of the computed arguments and result, whose norms are measured.
+
+*Deployed precision.* The same operators in another precision p, on any x' with ‖x' - x‖ ≤ r: then the arguments are not
+at hand, but ‖u'‖ ≤ ‖u‖ + e(u) + L(u)·r for the exact values at x', and the computed ones are within e_p(u) of them. Weights
+that are not representable in p are rounded, which `Rounding` counts. What evaluates the program must use conventional
+arithmetic (any order of summation, fused multiply-add allowed; no TF32, Winograd or FFT convolutions).
+
+Numbers here are float64 tensors (n,); every formula is enlarged by a relative 2^-40, which covers 8000 roundings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lipcert.bounds.core import BoundError
+from lipcert.bounds.graph import BatchConstant, BatchSize, Graph, Node, Ref, call
+from lipcert.bounds.propagation import Derivation, Rounding, Step
+from lipcert.bounds.rounding import UNIT, enlarge, gamma
+
+SLACK = 1.0 + 2.0**-40
+TINY = {"float64": 2.0**-1022, "float32": 2.0**-126}  # below it results may be flushed to zero
+LARGE = {"float64": 2.0**1000, "float32": 2.0**120}  # above it something may overflow
+
+
+class Program:
+    """The audited graph as something to run; made by `lipcert.bounds.audit`.
+
+    Calling it returns the outputs alone; `evaluate` also returns the bound of their error.
+    """
+
+    def __init__(
+        self, graph: Graph, steps: Sequence[Step], derivations: Mapping[int, Derivation], merged: Sequence[tuple[int, int]]
+    ) -> None:
+        self.graph = graph
+        self._steps, self._derivations, self._merged = tuple(steps), dict(derivations), tuple(merged)
+        self._last = {name: node.name for node in graph.nodes for name in node.inputs}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._run(x)[0]
+
+    def evaluate(self, x: Tensor, precision: str = "float64", radius: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Return the outputs at x (n, *input_shape), computed in float64, and an l2 bound of the error for each image.
+
+        With precision "float64" and radius 0 the error is ‖computed - exact‖ of the outputs returned. Otherwise it is
+        that, plus ‖computed in `precision` at x' - exact at x'‖ for every x' within l2 distance `radius` of x: a margin
+        of the returned outputs that exceeds twice the error, and what the Lipschitz bound allows within the radius, is a
+        margin of the deployed program in the whole ball. Errors are ∞ where nothing is proved. Inputs count as exact.
+        Raises BoundError for another shape, precision, or for an input that is not finite.
+        """
+        if precision not in UNIT or not 0.0 <= radius < math.inf:
+            raise BoundError(f"precision is {' or '.join(UNIT)} and radius ≥ 0 finite, got {precision!r} and {radius!r}")
+        output, norms = self._run(x)
+        zero = torch.zeros_like(norms[0])
+        index = len(self.graph.nodes) - 1
+        errors, rough = self._errors("float64", lambda i, _: norms[i], zero)
+        if precision == "float64" and radius == 0.0:
+            return output, errors[index]
+        reach = self._reach(radius)
+        largest = [norm + r + reach[i] for i, (norm, r) in enumerate(zip(norms, rough, strict=True))]
+        deployed, _ = self._errors(precision, lambda i, passed: largest[i] + passed, zero)
+        return output, (errors[index] + deployed[index]) * SLACK
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+
+    def _run(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        source = self.graph.input
+        if x.ndim != len(source.shape) or tuple(x.shape[1:]) != source.shape[1:] or x.dtype != torch.float64:
+            raise BoundError(f"inputs are float64 tensors (n, {', '.join(map(str, source.shape[1:]))}), got {x.dtype} {tuple(x.shape)}")
+        if not bool(torch.isfinite(x).all()):
+            raise BoundError("the input has NaN or infinite entries")
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False), torch.backends.cudnn.flags(enabled=False):
+            if self.graph.batched:
+                return self._images(x)
+            runs = [self._images(image) for image in x.split(1)]
+        return torch.cat([run[0] for run in runs]), [torch.cat(norms) for norms in zip(*(run[1] for run in runs), strict=True)]
+
+    def _images(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        values = {self.graph.input.name: x}
+        norms = []
+        for index, node in enumerate(self.graph.nodes):
+            if index:
+                arguments = {key: _given(argument, values, x) for key, argument in node.arguments.items()}
+                values[node.name] = _evaluate(node, arguments)
+                for name in {*node.inputs}:
+                    if self._last[name] == node.name:
+                        del values[name]
+            norms.append(self._norm(index, node, values[node.name]))
+        return values[self.graph.output], norms
+
+    def _norm(self, index: int, node: Node, value: Tensor) -> Tensor:
+        """Return the l2 norm of a computed value for each image, rounded up, (n,)."""
+        if node.batch is None:
+            rows = value.reshape(1, -1)
+        else:
+            outer, inner = self._merged[index]
+            rows = value.unflatten(node.batch, (outer, -1, inner)).movedim(node.batch + 1, 0).flatten(1)
+        return enlarge(torch.linalg.vector_norm(rows, dim=1), rows.shape[1] + 4) + 2.0**-480
+
+    # ----------------------------------------------------------------------------------------------------- errors
+
+    def _errors(
+        self, precision: str, norm: Callable[[int, Tensor | float], Tensor], zero: Tensor
+    ) -> tuple[dict[int, Tensor], list[Tensor]]:
+        """Return e(v) of every value with a derivation, and a rough e of every value by cheap constants alone.
+
+        `norm(i, passed)` bounds the norm of the exact result of operator i on its computed arguments, and, of computed
+        arguments, their own; `passed` is the error that came in with them.
+        """
+        exact: dict[int, Tensor] = {0: zero}
+        rough: list[Tensor] = [zero]
+        local: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+        fresh: list[Tensor] = [zero]
+        for index, step in enumerate(self._steps[1:], start=1):
+            known = [exact.get(i, rough[i]) for i in step.inputs]
+            passed = _combine(step.factors, known, step.joint) if step.inputs else zero
+            fresh.append(self._fresh(index, step, precision, norm, passed, known))
+            rough.append((passed + fresh[index]) * SLACK)
+            derivation = self._derivations.get(index)
+            if derivation is None:
+                continue
+            if derivation.reason:
+                exact[index] = torch.full_like(zero, math.inf)
+                continue
+            carried = _combine(
+                [factor.value for factor in derivation.factors], [exact[i] for i in derivation.sources], derivation.joint
+            )
+            inside = self._local(index, derivation.sources, fresh, local, zero)
+            exact[index] = torch.minimum((carried + inside) * SLACK, rough[index])
+        return exact, rough
+
+    def _fresh(
+        self, index: int, step: Step, precision: str, norm: Callable[[int, Tensor | float], Tensor], passed: Tensor,
+        known: Sequence[Tensor],
+    ) -> Tensor:  # fmt: skip
+        """Return the error that operator `index` adds."""
+        rounding = step.rounding
+        if rounding.float64_only and precision != "float64":
+            return torch.full_like(passed, math.inf)
+        result = norm(index, passed)
+        total = _gamma(rounding.output, precision) * result + rounding.absolute
+        for (count, size), i, error in zip(rounding.inputs, step.inputs, known, strict=False):
+            total = total + _gamma(count, precision) * size * norm(i, error)
+        if rounding.constant[1]:
+            total = total + _gamma(rounding.constant[0], precision) * rounding.constant[1]
+        entries = math.prod(self.graph.nodes[index].shape)
+        total = total + rounding.operations * TINY[precision] * math.sqrt(entries)
+        return torch.where(result < LARGE[precision], total, math.inf) * SLACK
+
+    def _local(
+        self, index: int, sources: tuple[int, ...], fresh: Sequence[Tensor],
+        memory: dict[tuple[int, tuple[int, ...]], Tensor], zero: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Return the error that arises between the sources and a value, by cheap constants."""
+        pending = [index]
+        while pending:
+            i = pending[-1]
+            missing = [j for j in self._steps[i].inputs if j not in sources and (j, sources) not in memory]
+            if missing:
+                pending += missing
+                continue
+            pending.pop()
+            step = self._steps[i]
+            inner = [zero if j in sources else memory[j, sources] for j in step.inputs]
+            passed = _combine(step.factors, inner, step.joint) if inner else zero
+            memory[i, sources] = (passed + fresh[i]) * SLACK
+        return memory[index, sources]
+
+    def _reach(self, radius: float) -> list[float]:
+        """Return how far each exact value can move within the radius, by its own bound or by cheap constants."""
+        reach = [radius]
+        for index, step in enumerate(self._steps[1:], start=1):
+            parts = [factor * reach[i] for factor, i in zip(step.factors, step.inputs, strict=True)]
+            rough = math.hypot(*parts) if step.joint else math.fsum(parts)
+            known = self._derivations.get(index)
+            reach.append((min(rough, known.bound.value * radius) if known else rough) * SLACK if radius else 0.0)
+        return reach
+
+
+def _combine(factors: Sequence[float], errors: Sequence[Tensor], joint: bool) -> Tensor:
+    """Return Σ f_i e_i, or √Σ(f_i e_i)²; 0·∞ is ∞."""
+    parts = [torch.where(torch.isinf(e), e, f * e) if not math.isinf(f) else torch.full_like(e, math.inf)
+             for f, e in zip(factors, errors, strict=True)]  # fmt: skip
+    if not joint or len(parts) == 1:
+        return torch.stack(parts).sum(0) * SLACK if parts else torch.zeros(1, dtype=torch.float64)
+    return torch.linalg.vector_norm(torch.stack(parts), dim=0) * SLACK
+
+
+def _gamma(count: int, precision: str) -> float:
+    return gamma(count, precision) if count * UNIT[precision] < 1.0 else math.inf
+
+
+def _given(argument: Any, values: Mapping[str, Tensor], x: Tensor) -> Any:
+    """Return an argument for the images at hand."""
+    if isinstance(argument, Ref):
+        return values[argument.name]
+    if isinstance(argument, BatchSize):
+        return argument.factor * x.shape[0]
+    if isinstance(argument, BatchConstant):
+        shape = list(argument.tensor.shape)
+        shape[argument.axis] = x.shape[0]
+        return argument.tensor.to(x.device).expand(shape)
+    if isinstance(argument, Tensor):
+        return argument.to(x.device)
+    return [_given(item, values, x) for item in argument] if isinstance(argument, tuple) else argument
+
+
+def _evaluate(node: Node, arguments: dict[str, Any]) -> Tensor:
+    own = _OWN.get(node.op)
+    result = own(arguments) if own is not None else call(node.target, arguments)
+    return result[node.output or 0] if isinstance(result, tuple | list) else result
+
+
+def _two_pass(x: Tensor, dims: Sequence[int], eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Return weight·(x - mean)/√(var + ε) + bias, the variance from the differences themselves."""
+    difference = x - x.mean(tuple(dims), keepdim=True)
+    result = difference / (difference.square().mean(tuple(dims), keepdim=True) + eps).sqrt()
+    result = result if weight is None else result * weight
+    return result if bias is None else result + bias
+
+
+def _layer_norm(a: dict[str, Any]) -> Tensor:
+    dims = range(-len(a["normalized_shape"]), 0)
+    return _two_pass(a["input"], dims, a["eps"], a["weight"], a["bias"])
+
+
+def _group_norm(a: dict[str, Any]) -> Tensor:
+    x, groups = a["input"], a["num_groups"] if "num_groups" in a else a["group"]
+    rows = x.reshape(x.shape[0], groups, -1)
+    shape = (1, -1, *(1,) * (x.ndim - 2))
+    weight, bias = (None if a[key] is None else a[key].reshape(shape) for key in ("weight", "bias"))
+    result = _two_pass(rows, (2,), a["eps"], None, None).reshape(x.shape)
+    result = result if weight is None else result * weight
+    return result if bias is None else result + bias
+
+
+_OWN: dict[str, Callable[[dict[str, Any]], Tensor]] = {
+    "aten.view.default": lambda a: a["self"].reshape(a["size"]),  # what was contiguous in the model may not be here
+    "aten.layer_norm.default": _layer_norm,
+    "aten.native_layer_norm.default": _layer_norm,
+    "aten.group_norm.default": _group_norm,
+    "aten.native_group_norm.default": _group_norm,
+    "aten.instance_norm.default": lambda a: _group_norm({**a, "num_groups": a["input"].shape[1]}),
+}

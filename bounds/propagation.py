@@ -1,0 +1,505 @@
+"""Walk a graph once and give every value what bounds it: the three mechanisms of MATH.md 3.
+
+A rule (`lipcert.bounds.rule`) is called as `rule(node, context)` and returns the `Value` of the node, made by one of
+
+- `Context.linear`      one data argument, linear in it;
+- `Context.sum`         a weighted sum of data arguments;
+- `Context.nonlinear`   a Lipschitz function of one or several data arguments together;
+- `Context.value`       anything else;
+- `Context.unbounded`   nothing is known, and why.
+
+A value carries, where it can, affine maps from *anchors* (the input, outputs of nonlinear operators, values with several
+consumers): value = M·anchor + const, so that ‖value‖_Lip ≤ ‖M‖·L(anchor) with one norm for the whole segment; the farthest
+anchor is used, which is the tightest. Next to them it carries *pieces*: ‖Δvalue‖ ≤ f·‖Δparent[range]‖ along one dimension
+of a parent. Where neither helps, the constants of the operators multiply. All three are inequalities for the same number:
+the smallest is taken, and the `Derivation` says which it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lipcert.bounds.affine import AffineMap, add, identity, segment_bound, stack
+from lipcert.bounds.core import RULES, Bound, BoundError, unknown_operators
+from lipcert.bounds.graph import BatchConstant, Graph, Node, Ref
+from lipcert.bounds.layout import Layout
+from lipcert.bounds.rounding import add_up, mul_up, sqrt_up
+
+KEPT = 4  # representations per value: the earliest two anchors and the latest two
+ONE = Bound(1.0, "upper", "isometry")
+
+
+@dataclass(frozen=True, eq=False)
+class Representation:
+    """An affine map from an anchor, how its output lies in the tensor, and the nodes (by index) that it composes."""
+
+    map: AffineMap
+    layout: Layout
+    members: frozenset[int] = frozenset()
+
+
+Transform = Callable[[Representation], Representation | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """‖Δvalue‖ ≤ factor · ‖Δparent restricted to `indices` of dimension `dim`‖."""
+
+    dim: int
+    indices: frozenset[int]
+    factor: Callable[[], Bound]
+    members: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Bound the error that one floating-point operator adds to the exact operator on its computed arguments, in l2.
+
+    With γ of the precision: Σ_i γ_{n_i}·S_i·‖argument_i‖ + γ_output·‖result‖ + γ_n·‖constant‖ + absolute, plus what can
+    underflow (`operations` per output entry). `float64_only`: proved for how `Program` evaluates the operator, not for
+    torch's own float32 kernel.
+    """
+
+    inputs: tuple[tuple[int, float], ...] = ()
+    output: int = 0
+    constant: tuple[int, float] = (0, 0.0)
+    absolute: float = 0.0
+    operations: int = 0
+    float64_only: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator alone: argument indices, a cheap Lipschitz constant for each, how they join, and its rounding."""
+
+    inputs: tuple[int, ...]
+    factors: tuple[float, ...]
+    joint: bool  # √Σ(f_i·)² instead of Σ f_i·
+    rounding: Rounding
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """Why L(value) ≤ Σ f_i L(source_i), or √Σ(f_i L(source_i))² if `joint`; `members` are the nodes in between."""
+
+    sources: tuple[int, ...]
+    factors: tuple[Bound, ...]
+    bound: Bound
+    label: str
+    joint: bool = False
+    members: frozenset[int] = frozenset()
+    reason: str = ""  # why there is no bound
+
+
+@dataclass(eq=False)
+class Value:
+    """What is known about one node while the walk needs it."""
+
+    node: Node
+    index: int
+    step: Step
+    forked: bool
+    representations: dict[tuple[Value, int], Representation] = field(default_factory=dict)
+    own: dict[tuple[Value, int], Representation] = field(default_factory=dict)
+    pieces: dict[Value, Piece] = field(default_factory=dict)
+    candidates: list[Callable[[], Derivation]] = field(default_factory=list)
+    merged: tuple[int, int] = (1, 1)  # the batch dimension is merged (outer) · images · (inner)
+    retired: bool = False  # no further node reads it
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.node.shape
+
+
+Anchor = tuple[Value, int]  # a value, and which of its dimensions holds the channels
+
+
+class Context:
+    """Hold the state of one walk: live values by name, and what is known of all nodes by index."""
+
+    def __init__(self, graph: Graph, method: str) -> None:
+        self.graph, self.method = graph, method
+        self.nodes = graph.nodes
+        self.live: dict[str, Value] = {}
+        self.steps: list[Step] = []
+        self.merged: list[tuple[int, int]] = []
+        self.derivations: dict[int, Derivation] = {}
+        self.uses = Counter(name for node in graph.nodes for name in set(node.inputs))
+        self.uses[graph.output] += 1
+
+    # ------------------------------------------------------------------------------------------- what rules ask for
+
+    def data(self, node: Node, argument: str) -> Value:
+        """Return the value of a data argument; raise BoundError if it is a constant."""
+        ref = node[argument]
+        if not isinstance(ref, Ref):
+            raise BoundError(f"{node.op} needs {argument} to depend on the input ({node.place})")
+        return self.live[ref.name]
+
+    def axis(self, node: Node, x: Value, dim: int) -> int:
+        """Return a dimension as 0 ≤ dim < rank; raise BoundError if entries along it belong to different images."""
+        dim = dim % max(len(x.shape), 1)
+        if dim == x.node.batch:
+            raise self.mixed(node)
+        return dim
+
+    def mixed(self, node: Node) -> BoundError:
+        return BoundError(f"{node.op} mixes the images of a batch ({node.place}); a certificate needs a function of one image")
+
+    def bound(self, value: Value) -> Bound:
+        """Return a Lipschitz bound of a value with respect to the input; the first call decides how it is derived."""
+        if value.index not in self.derivations:
+            if value.representations:
+                found = self._affine(value)
+            else:
+                found = min((candidate() for candidate in value.candidates), key=lambda d: d.bound.value)
+            self.derivations[value.index] = found
+            if value.retired:
+                value.representations, value.candidates = {}, []
+        return self.derivations[value.index].bound
+
+    # ------------------------------------------------------------------------------------------- what rules return
+
+    def linear(
+        self, node: Node, x: Value, transform: Transform | None, *, rounding: Rounding = Rounding(), channel: int | None = None,
+        norm: Callable[[], Bound] | None = None, cheap: float | None = None, merged: tuple[int, int] | None = None,
+    ) -> Value:  # fmt: skip
+        """Return the value of a linear operator of one argument.
+
+        `transform` turns a representation of the argument into one of the result, or None where it does not fuse; then
+        the argument becomes an anchor itself, with dimension `channel` for its channels. `norm` bounds the operator
+        alone, where no kernel can say it; `cheap` is a quick upper bound of the same.
+        """
+        made: dict[Anchor, Representation] = {}
+        if transform is not None:
+            for anchor, representation in self.carriers(x, channel).items():
+                if (new := transform(representation)) is not None:
+                    made[anchor] = new
+            if not made:
+                anchor, representation = self.identity(x, channel)
+                if (new := transform(representation)) is not None:
+                    made[anchor] = new
+        if transform is not None and (norm is None or cheap is None):
+            alone = transform(self.identity(x, channel)[1])
+            if alone is not None:
+                cheap = alone.map.magnitude if cheap is None else cheap
+                norm = norm or cache(lambda: segment_bound(alone.map, self.method))
+        if norm is None or cheap is None:
+            raise BoundError(f"no norm is known for {node.op} ({node.place})")
+        operator = norm
+        value = self.value(node, [x], [cheap], rounding, merged=merged)
+        value.representations = self._kept(node, made)
+        value.pieces = {
+            parent: replace(
+                piece, factor=cache(lambda piece=piece: piece.factor() * operator()), members=piece.members | {value.index}
+            )
+            for parent, piece in x.pieces.items()
+        }
+        if not made:
+            value.candidates.append(lambda: self.derive([x], [operator()], _short(node)))
+            if not x.pieces:
+                self.bound(value)
+        elif not any(anchor[0] is not x for anchor in made):
+            self.bound(x)
+        return value
+
+    def sum(
+        self, node: Node, terms: Sequence[tuple[Value, float]], *, rounding: Rounding = Rounding(output=1)
+    ) -> Value:
+        """Return the value of Σ factor·term, broadcast to the shape of the node; common anchors make it one map."""
+        for x, _ in terms:
+            self.aligned(node, x)
+        factors = [mul_up(abs(f), sqrt_up(float(math.prod(node.shape) // max(1, math.prod(x.shape))))) for x, f in terms]
+        value = self.value(node, [x for x, _ in terms], factors, rounding)
+        tables = [self.carriers(x, None) for x, _ in terms]
+        made = {}
+        for anchor in _common(tables):
+            parts = [table[anchor] for table in tables]
+            layouts = [_raised(part.layout, len(node.shape)) for part in parts]
+            total: Representation | None = None
+            for part, layout, (_, factor) in zip(parts, layouts, terms, strict=True):
+                new = broadcast(replace(part, layout=layout), node.shape, layouts)
+                new = new and replace(new, map=new.map.scaled(torch.tensor([factor], dtype=torch.float64)))
+                total = new if total is None else new and added(total, new)
+                if total is None:
+                    break
+            if total is not None:
+                made[anchor] = total
+        value.representations = self._kept(node, made)
+        for parent in _common([x.pieces for x, _ in terms]):
+            pieces = [x.pieces[parent] for x, _ in terms]
+            if len({(piece.dim, piece.indices) for piece in pieces}) == 1:
+                bounds = [Bound(f, "upper", "scale") for f in factors]
+                total_factor = cache(lambda ps=pieces, bs=bounds: _total([p.factor() * b for p, b in zip(ps, bs, strict=True)]))
+                members = frozenset[int]().union(*(piece.members for piece in pieces)) | {value.index}
+                value.pieces[parent] = Piece(pieces[0].dim, pieces[0].indices, total_factor, members)
+        if not made:
+            bounds = [Bound(f, "upper", "scale") for f in factors]
+            value.candidates.append(lambda: self.derive([x for x, _ in terms], bounds, _short(node)))
+            if not value.pieces:
+                self.bound(value)
+        return value
+
+    def nonlinear(
+        self, node: Node, xs: Sequence[Value], factor: Bound, *, rounding: Rounding = Rounding(), label: str = "",
+        representations: dict[Anchor, Representation] | None = None,
+    ) -> Value:  # fmt: skip
+        """Return the value of a function with ‖Δresult‖² ≤ factor²·Σ‖Δx_i‖², such as max(a, b).
+
+        A linear one, such as a concatenation, may have `representations` by the anchors that its arguments share.
+        """
+        value = self.value(node, xs, [factor.value] * len(xs), rounding, joint=True)
+        value.pieces = self._joined_pieces(value, xs, factor)
+        if representations:
+            value.representations = self._kept(node, representations)
+        else:
+            value.candidates = self._joint(value, xs, factor, label or _short(node))
+        value.pieces = {parent: piece for parent, piece in value.pieces.items() if not _whole(parent, piece)}
+        if not value.pieces and not representations:
+            self.bound(value)
+        return value
+
+    def value(
+        self, node: Node, inputs: Sequence[Value], factors: Sequence[float], rounding: Rounding, *, joint: bool = False,
+        merged: tuple[int, int] | None = None,
+    ) -> Value:  # fmt: skip
+        """Return a bare value: an operator with these arguments and cheap constants, and no bound yet."""
+        step = Step(tuple(x.index for x in inputs), tuple(factors), joint, rounding)
+        value = Value(node, len(self.steps), step, self.uses[node.name] > 1)
+        self.steps.append(step)
+        if merged is None:
+            factor = node.shape[node.batch] if node.batch is not None else 1
+            known = {x.merged for x in inputs if math.prod(x.merged) == factor}
+            if factor > 1 and len(known) != 1:
+                raise self.mixed(node)
+            merged = known.pop() if factor > 1 else (1, 1)
+        value.merged = merged
+        self.merged.append(merged)
+        return value
+
+    def unbounded(self, node: Node, inputs: Sequence[Value], reason: str) -> Value:
+        """Return a value without a bound; the audit lists the reason."""
+        infinite = Bound(math.inf, "upper", "none")
+        value = self.value(node, inputs, [math.inf] * len(inputs), Rounding())
+        self.derivations[value.index] = Derivation((), (), infinite, _short(node), reason=reason)
+        return value
+
+    def derive(
+        self, sources: Sequence[Value], factors: Sequence[Bound], label: str, *, joint: bool = False,
+        members: Iterable[int] = (),
+    ) -> Derivation:  # fmt: skip
+        """Return the derivation of a bound from those of its sources."""
+        parts = [factor * self.bound(source) for factor, source in zip(factors, sources, strict=True)]
+        total = _root(parts) if joint else _total(parts)
+        indices = tuple(source.index for source in sources)
+        return Derivation(indices, tuple(factors), total, label, joint, frozenset(members))
+
+    def retire(self, value: Value) -> None:
+        """Let go of what only the consumers of a value needed; an unbounded value keeps one way to its bound."""
+        value.retired, value.own = True, {}
+        if value.index in self.derivations:
+            value.representations, value.candidates = {}, []
+        elif value.representations:
+            anchor = min(value.representations, key=lambda a: a[0].index)
+            value.representations = {anchor: value.representations[anchor]}
+
+    # --------------------------------------------------------------------------------------------------- anchors
+
+    def identity(self, x: Value, channel: int | None) -> tuple[Anchor, Representation]:
+        """Return x as an anchor of its own, with a dimension for its channels (a guess by rank if None)."""
+        if channel is None:
+            free = [d for d in range(len(x.shape)) if d != x.node.batch]
+            channel = free[0] if len(free) != 2 else free[-1]  # (c, h, w), (tokens, c), (c,)
+        anchor = (x, channel)
+        if anchor not in x.own:
+            layout = Layout.of(x.shape, x.node.batch, channel)
+            grid = layout.size("h"), layout.size("w")
+            like = next(iter(self.graph.weights.values()), torch.zeros(()))
+            x.own[anchor] = Representation(identity(layout.size("c"), grid, like), layout)
+        return anchor, x.own[anchor]
+
+    def carriers(self, x: Value, channel: int | None) -> dict[Anchor, Representation]:
+        """Return the maps that x is known by; x itself is among them if it has several consumers or no map."""
+        table = {**x.representations, **x.own}
+        if not table or (x.forked and not x.own):
+            anchor, representation = self.identity(x, channel)
+            table[anchor] = representation
+        return table
+
+    def constant(self, node: Node, argument: str) -> Tensor | None:
+        """Return a constant argument as a float64 tensor, None if it is not given; raise BoundError if not finite."""
+        given = node[argument]
+        if given is None:
+            return None
+        if isinstance(given, BatchConstant):
+            given = given.tensor
+        if isinstance(given, bool | int | float):
+            given = torch.tensor(float(given), dtype=torch.float64)
+        if not isinstance(given, Tensor):
+            raise BoundError(f"{node.op} needs {argument} to be constant ({node.place})")
+        given = given.to(torch.float64)
+        if not bool(torch.isfinite(given).all()):
+            raise BoundError(f"{argument} of {node.op} has NaN or infinite entries ({node.place})")
+        return given
+
+    def aligned(self, node: Node, x: Value) -> None:
+        """Raise BoundError unless the images of x meet those of the result when shapes are broadcast."""
+        if x.node.batch is not None and (
+            node.batch is None or len(node.shape) - node.batch != len(x.shape) - x.node.batch
+        ):
+            raise self.mixed(node)
+
+    def _kept(self, node: Node, made: dict[Anchor, Representation]) -> dict[Anchor, Representation]:
+        order = sorted(made, key=lambda anchor: anchor[0].index)
+        if len(order) > KEPT:
+            order = order[: KEPT // 2] + order[-KEPT // 2 :]
+        index = len(self.steps) - 1
+        return {anchor: replace(made[anchor], members=made[anchor].members | {index}) for anchor in order}
+
+    # ------------------------------------------------------------------------------------------ ways to a bound
+
+    def _affine(self, value: Value) -> Derivation:
+        (source, _), found = min(value.representations.items(), key=lambda item: item[0][0].index)
+        norm = segment_bound(found.map, self.method)
+        return self.derive([source], [norm], "affine", members=found.members)
+
+    def _joined_pieces(self, value: Value, xs: Sequence[Value], factor: Bound) -> dict[Value, Piece]:
+        """Return what the arguments together are a piece of: the same dimension of one parent, no index twice."""
+        made = {}
+        for parent in _common([x.pieces for x in xs]):
+            pieces = [x.pieces[parent] for x in xs]
+            union = frozenset[int]().union(*(piece.indices for piece in pieces))
+            if len({piece.dim for piece in pieces}) == 1 and len(union) == sum(len(piece.indices) for piece in pieces):
+                members = frozenset[int]().union(*(piece.members for piece in pieces)) | {value.index}
+                largest = cache(
+                    lambda ps=pieces: max((p.factor() for p in ps), key=lambda bound: bound.value) * factor
+                )
+                made[parent] = Piece(pieces[0].dim, union, largest, members)
+        for parent in [p for p, piece in made.items() if _whole(p, piece)]:  # then also a piece of what it came from
+            for older, piece in parent.pieces.items():
+                inner = made[parent]
+                product = cache(lambda a=piece, b=inner: a.factor() * b.factor())
+                made.setdefault(older, Piece(piece.dim, piece.indices, product, piece.members | inner.members))
+        return made
+
+    def _joint(self, value: Value, xs: Sequence[Value], factor: Bound, label: str) -> list[Callable[[], Derivation]]:
+        """Return the ways to bound a function that is `factor`-Lipschitz in all its arguments together."""
+        ways: list[Callable[[], Derivation]] = [
+            lambda p=parent, q=piece: self.derive([p], [q.factor()], label, members=q.members - {value.index})
+            for parent, piece in value.pieces.items()
+        ]
+        if any(_whole(parent, piece) for parent, piece in value.pieces.items()):
+            return ways
+        if len(xs) == 1:
+            return [*ways, lambda: self.derive(xs, [factor], label)]
+        if (stacked := self._stacked(xs)) is not None:
+            source, joined = stacked
+            ways.append(
+                lambda: self.derive(
+                    [source], [segment_bound(joined.map, self.method) * factor], label, members=joined.members
+                )
+            )
+        else:
+            ways.append(lambda: self.derive(xs, [factor] * len(xs), label, joint=True))
+        return ways
+
+    def _stacked(self, xs: Sequence[Value]) -> tuple[Value, Representation] | None:
+        """Return the earliest common anchor of several values and the map to all of them, one above the other."""
+        tables = [self.carriers(x, None) for x in xs]
+        for anchor in sorted(_common(tables), key=lambda anchor: anchor[0].index):
+            parts = [table[anchor] for table in tables]
+            if (joined := stack([part.map for part in parts])) is not None:
+                members = frozenset[int]().union(*(part.members for part in parts))
+                return anchor[0], Representation(joined, parts[0].layout, members)
+        return None
+
+
+def propagate(graph: Graph, method: str = "auto", keep: Iterable[str] = ()) -> tuple[Context, dict[str, Value]]:
+    """Run every node's rule and return the context and the values named in `keep`, not yet bounded.
+
+    Raises one BoundError that lists all operators without a rule.
+    """
+    import lipcert.bounds.rules  # noqa: F401  (registers the rules)
+
+    missing = unknown_operators((node.op, node.module, node.source) for node in graph.nodes[1:])
+    if missing is not None:
+        raise missing
+    context = Context(graph, method)
+    source = context.value(graph.input, [], [], Rounding())
+    context.derivations[0] = Derivation((), (), Bound(1.0, "upper", "input"), "input")
+    context.live[graph.input.name] = source
+    kept = {name: source for name in keep if name == graph.input.name}
+    last = {name: node.name for node in graph.nodes for name in node.inputs}
+    for node in graph.nodes[1:]:
+        value = RULES[node.op](node, context)
+        if value.shape != node.shape:
+            raise RuntimeError(f"the rule of {node.op} returned a value of another node ({node.place})")
+        context.live[node.name] = value
+        if node.name in keep:
+            kept[node.name] = value
+        for name in set(node.inputs):
+            if last[name] == node.name:
+                context.retire(context.live.pop(name))
+    return context, kept
+
+
+# --------------------------------------------------------------------------------------------- representations
+
+
+def added(a: Representation, b: Representation) -> Representation | None:
+    """Return a + b, or None if they do not lie in the tensor in the same way."""
+    total = add(a.map, b.map) if a.layout == b.layout else None
+    return None if total is None else Representation(total, a.layout, a.members | b.members)
+
+
+def broadcast(x: Representation, shape: Sequence[int], layouts: Sequence[Layout] = ()) -> Representation | None:
+    """Return x expanded to a shape; only one channel can become many, and only where no other layout has positions."""
+    for dim, size in enumerate(shape):
+        if x.layout.shape[dim] == size:
+            continue
+        others = {layout.dims[dim] for layout in layouts if layout.dims[dim]}
+        if x.layout.shape[dim] != 1 or x.layout.size("c") != 1 or not others <= {("c",)}:
+            return None
+        rows = x.map.rows(torch.zeros(size, dtype=torch.int64, device=x.map.taps.device))
+        if rows is None:
+            return None
+        x = replace(x, map=rows, layout=x.layout.placed(dim, "c", size))
+    return x
+
+
+def _raised(layout: Layout, rank: int) -> Layout:
+    return replace(layout, dims=((),) * (rank - len(layout.dims)) + layout.dims)
+
+
+def _whole(parent: Value, piece: Piece) -> bool:
+    return len(piece.indices) == parent.shape[piece.dim]
+
+
+def _common(tables: Sequence[dict]) -> list:
+    return [key for key in tables[0] if all(key in table for table in tables[1:])]
+
+
+def _total(parts: Sequence[Bound]) -> Bound:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def _root(parts: Sequence[Bound]) -> Bound:
+    if len(parts) == 1:
+        return parts[0]
+    squares = _total([part * part for part in parts])
+    return replace(squares, value=sqrt_up(squares.value)) if squares.kind == "upper" else squares
+
+
+def _short(node: Node) -> str:
+    """Return the short name of an operator: "conv2d" for "aten.conv2d.default"."""
+    return node.op.split(".")[1] if "." in node.op else node.op

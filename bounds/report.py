@@ -1,0 +1,114 @@
+"""The rows of an audit: one per closed segment and per nonlinear operator, in the order of the network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lipcert.bounds.core import Bound
+from lipcert.bounds.graph import Node
+from lipcert.bounds.propagation import Context, Derivation
+from lipcert.bounds.rounding import div_up
+
+_WEIGHTED = ("conv", "linear", "addmm", "matmul", "mm", "batch_norm", "layer_norm", "group_norm")
+_SILENT = ("alias", "contiguous", "clone", "detach", "dropout", "view", "reshape", "flatten", "permute", "transpose", "unsqueeze",
+           "squeeze", "_unsafe_view", "unflatten")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LayerBound:
+    """One row: the factor `upper` from what it starts at, and the bound `cumulative` of its result from the input."""
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    upper: Bound
+    lower: Bound | None
+    method: str
+    cumulative: float
+    note: str = ""
+
+
+def rows(context: Context, results: Iterable[int]) -> tuple[LayerBound, ...]:
+    """Return the rows of every derivation that the results rest on, in topological order."""
+    found: set[int] = set()
+    stack = list(results)
+    while stack:
+        index = stack.pop()
+        if index not in found and index in context.derivations:
+            found.add(index)
+            stack.extend(context.derivations[index].sources)
+    return tuple(_row(context, index, context.derivations[index]) for index in sorted(found) if index)
+
+
+def _row(context: Context, index: int, derivation: Derivation) -> LayerBound:
+    node = context.nodes[index]
+    members = [context.nodes[i] for i in sorted(derivation.members | {index})]
+    op = _operators(members, derivation)
+    note = f"no bound: {derivation.reason}" if derivation.reason else ""
+    if len(derivation.sources) == 1:
+        upper = derivation.factors[0]
+    elif derivation.sources:
+        before = [context.derivations[i].bound.value for i in derivation.sources]
+        parts = " + ".join(f"{f.value:.6g}·{b:.6g}" for f, b in zip(derivation.factors, before, strict=True))
+        note = f"√ of squares of {parts}" if derivation.joint else f"sum of branches {parts}"
+        note += "; upper is relative to the largest branch"
+        upper = Bound(div_up(derivation.bound.value, max(before)), "upper", "branches")
+    else:
+        upper = derivation.bound
+    shape = tuple(size for d, size in enumerate(node.shape) if d != node.batch)
+    return LayerBound(_name(members), op, shape, upper, None, upper.method, derivation.bound.value, note)
+
+
+def describe(node: Node) -> str:
+    """Return the module path of a node, or its own name at the top level."""
+    return node.module or node.name
+
+
+def _operators(members: Sequence[Node], derivation: Derivation) -> str:
+    names: list[str] = []
+    for node in members:
+        name = _short(node)
+        if name in _SILENT:
+            continue
+        if names and names[-1].split("×")[0] == name:
+            count = int(names[-1].split("×")[1]) if "×" in names[-1] else 1
+            names[-1] = f"{name}×{count + 1}"
+        else:
+            names.append(name)
+    if derivation.label == "affine":
+        return "affine: " + ("+".join(names) or _short(members[-1]))
+    inner = [name for name in names if name != _short(members[-1])]
+    return f"{derivation.label} of {'+'.join(inner)}" if inner else derivation.label
+
+
+def _name(members: Sequence[Node]) -> str:
+    """Return the module paths of a segment: those with weights if there are any, at most three."""
+    weighted = [node.module for node in members if _short(node).startswith(_WEIGHTED) and node.module]
+    paths = list(dict.fromkeys(weighted or [node.module for node in members if node.module]))
+    if not paths:
+        return members[-1].name
+    return ", ".join(paths) if len(paths) <= 3 else f"{paths[0]} … {paths[-1]}"
+
+
+def _short(node: Node) -> str:
+    return node.op.split(".")[1] if "." in node.op else node.op
+
+
+def table(layers: Sequence[LayerBound], upper: Bound, unbounded: Sequence[tuple[str, str, str]]) -> str:
+    """Return the rows as text, the network bound in the last line."""
+    header = ("layer", "operators", "shape", "upper", "cumulative", "method")
+    body = [
+        (row.name, row.op, "×".join(map(str, row.shape)), f"{row.upper.value:.6g}", f"{row.cumulative:.6g}", row.method)
+        for row in layers
+    ]
+    widths = [min(48, max(len(line[k]) for line in (header, *body))) for k in range(len(header))]
+    lines = ["  ".join(_fit(cell, width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in (header, *body)]
+    lines += [f"no bound: {name} ({op}): {reason}" for name, op, reason in unbounded]
+    value = "no finite bound" if math.isinf(upper.value) else f"{upper.value:.10g}"
+    return "\n".join([*lines, f"Lipschitz constant (l2, image to outputs): at most {value}"])
+
+
+def _fit(cell: str, width: int) -> str:
+    return cell.ljust(width) if len(cell) <= width else cell[: width - 1] + "…"

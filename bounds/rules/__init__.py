@@ -1,0 +1,5 @@
+"""The rows of the rule table, one family per file; importing this package registers them all."""
+
+from lipcert.bounds.rules import elementwise, joining, linear, normalisation, pooling, product, shape
+
+__all__ = ["elementwise", "joining", "linear", "normalisation", "pooling", "product", "shape"]

@@ -1,0 +1,232 @@
+"""Entrywise functions, and arithmetic of values with constants.
+
+An entrywise function has the Lipschitz constant sup|f'| in l2. The slopes are those of ../reference bounds 3.1, computed
+to 16 digits with mpmath and rounded up by one unit in the last place; they are global, over all real inputs. Rounding:
+functions of the C library and of vectorised kernels are allowed 64 units in the last place, of the result or of the
+argument, whichever a formula with cancellation needs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lipcert.bounds.core import Bound, BoundError, rule
+from lipcert.bounds.graph import Node, Ref
+from lipcert.bounds.propagation import ONE, Context, Representation, Rounding, Value, broadcast
+from lipcert.bounds.rounding import enlarge, mul_up, sqrt_up, up
+
+EXACT = Rounding()
+LIBRARY = Rounding(inputs=((64, 1.0),), output=64, operations=8)
+
+_SLOPES = {
+    "relu": (1.0, EXACT),
+    "relu6": (1.0, EXACT),
+    "abs": (1.0, EXACT),
+    "hardtanh": (1.0, EXACT),
+    "tanh": (1.0, LIBRARY),
+    "sin": (1.0, LIBRARY),
+    "cos": (1.0, LIBRARY),
+    "atan": (1.0, LIBRARY),
+    "log_sigmoid": (1.0, LIBRARY),
+    "sigmoid": (0.25, LIBRARY),
+    "hardsigmoid": (up(1.0 / 6.0), LIBRARY),
+    "hardswish": (1.5, LIBRARY),
+    "silu": (up(1.0998393201288669), LIBRARY),
+    "mish": (up(1.0884981612517279), LIBRARY),
+    "erf": (up(1.1283791670955126), LIBRARY),
+    "selu": (up(1.7580993408473769), LIBRARY),
+}
+
+
+@rule(*(f"aten.{name}.default" for name in _SLOPES))
+def entrywise(node: Node, context: Context) -> Value:
+    """Bound an entrywise function by its largest slope over all real numbers, sup|f'|."""
+    slope, rounding = _SLOPES[node.op.split(".")[1]]
+    return context.nonlinear(node, [context.data(node, "self")], Bound(slope, "upper", "slope"), rounding=rounding)
+
+
+@rule("aten.gelu.default")
+def gelu(node: Node, context: Context) -> Value:
+    """Bound GELU: Φ(√2) + √2 φ(√2) = 1.12890414… for the exact form, 1.12899306… for the tanh approximation."""
+    slope = up(1.1289041451851548) if node["approximate"] == "none" else up(1.1289930686587718)
+    return context.nonlinear(node, [context.data(node, "self")], Bound(slope, "upper", "slope"), rounding=LIBRARY)
+
+
+@rule("aten.leaky_relu.default")
+def leaky_relu(node: Node, context: Context) -> Value:
+    """Bound leaky ReLU by max(1, |negative slope|)."""
+    slope = max(1.0, abs(float(node["negative_slope"])))
+    x = context.data(node, "self")
+    return context.nonlinear(node, [x], Bound(slope, "upper", "slope"), rounding=Rounding(output=2, operations=1))
+
+
+@rule("aten.prelu.default")
+def prelu(node: Node, context: Context) -> Value:
+    """Bound PReLU by max(1, largest |a|)."""
+    if isinstance(node["weight"], Ref):
+        return context.unbounded(node, [context.live[n] for n in node.inputs], "the slope depends on the input")
+    slope = max(1.0, _largest(context.constant(node, "weight")))
+    x = context.data(node, "self")
+    return context.nonlinear(node, [x], Bound(slope, "upper", "slope"), rounding=Rounding(output=2, operations=1))
+
+
+@rule("aten.elu.default", "aten.celu.default")
+def elu(node: Node, context: Context) -> Value:
+    """Bound ELU: slope `scale` above zero, at most |scale·alpha·input_scale| below (|alpha·(1/alpha)| = 1 for CELU)."""
+    slope = 1.0
+    if "scale" in node.arguments:
+        scale, alpha, inner = (abs(float(node[key])) for key in ("scale", "alpha", "input_scale"))
+        slope = max(scale, mul_up(scale, alpha, inner))
+    x = context.data(node, "self")
+    return context.nonlinear(node, [x], Bound(slope, "upper", "slope"), rounding=LIBRARY)
+
+
+@rule("aten.softplus.default")
+def softplus(node: Node, context: Context) -> Value:
+    """Bound softplus log(1 + e^(βx))/β by 1.
+
+    PyTorch returns x itself above a threshold, which is off by at most e^(-threshold)/β per entry: that step is an error
+    of the evaluation here, not part of the function.
+    """
+    x = context.data(node, "self")
+    beta, threshold = float(node["beta"]), float(node["threshold"])
+    if beta <= 0.0:
+        raise BoundError(f"softplus needs beta > 0, got {beta} ({node.place})")
+    step = mul_up(math.exp(-threshold) * (1.0 + 2.0**-50) / beta, 1.0 + 2.0**-50, sqrt_up(float(math.prod(node.shape))))
+    return context.nonlinear(node, [x], ONE, rounding=replace(LIBRARY, absolute=step))
+
+
+@rule("aten.clamp.default", "aten.clamp.Tensor", "aten.clamp_min.default", "aten.clamp_max.default")
+def clamp(node: Node, context: Context) -> Value:
+    """Bound clamping between constants by 1; a median of several values that depend on the input is 1-Lipschitz too."""
+    values = [context.live[name] for name in node.inputs]
+    return _extremum(node, context, values)
+
+
+@rule("aten.maximum.default", "aten.minimum.default", "aten.max.other", "aten.min.other")
+def extremum(node: Node, context: Context) -> Value:
+    """Bound max(a, b) and min(a, b), entry by entry: |max(a,b) - max(a',b')|² ≤ |a-a'|² + |b-b'|²."""
+    return _extremum(node, context, [context.live[name] for name in node.inputs])
+
+
+@rule("lipcert.maxmin")
+def maxmin(node: Node, context: Context) -> Value:
+    """Bound (max(a,b), min(a,b)): sorting a pair is a permutation of it, 1-Lipschitz in (a, b) together.
+
+    Anil, Lucas, Grosse 2019 (arXiv 1811.05381). With a and b the two halves of one value, that is 1 in the value.
+    """
+    if node["dim"] % len(node.shape) == node.batch:
+        raise context.mixed(node)
+    return context.nonlinear(node, [context.live[name] for name in node.inputs], ONE, label="MaxMin")
+
+
+def _extremum(node: Node, context: Context, values: list[Value]) -> Value:
+    for x in values:
+        context.aligned(node, x)
+    copies = max(math.prod(node.shape) // max(1, math.prod(x.shape)) for x in values)
+    return context.nonlinear(node, values, Bound(sqrt_up(float(copies)), "upper", "isometry"))
+
+
+# -------------------------------------------------------------------------------------------------- arithmetic
+
+
+@rule("aten.add.Tensor", "aten.add.Scalar", "aten.sub.Tensor", "aten.sub.Scalar", "aten.rsub.Tensor", "aten.rsub.Scalar")
+def addition(node: Node, context: Context) -> Value:
+    """Bound a ± alpha·b: the sum of two maps of a common anchor is one map, else L_a + |alpha| L_b; constants shift."""
+    alpha = float(node["alpha"])
+    kind = node.op.split(".")[1]
+    weights = {"add": (1.0, alpha), "sub": (1.0, -alpha), "rsub": (-alpha, 1.0)}[kind]
+    terms = [
+        (context.data(node, argument), weight)
+        for argument, weight in zip(("self", "other"), weights, strict=True)
+        if isinstance(node[argument], Ref)
+    ]
+    if len(terms) == 1:
+        other = "other" if isinstance(node["self"], Ref) else "self"
+        context.constant(node, other)
+        return scale(node, context, terms[0][0], torch.tensor(terms[0][1], dtype=torch.float64), Rounding(output=2))
+    return context.sum(node, terms, rounding=Rounding(output=1 if abs(alpha) == 1.0 else 2))
+
+
+@rule("aten.mul.Tensor", "aten.mul.Scalar")
+def multiplication(node: Node, context: Context) -> Value:
+    """Bound the product with a constant, entry by entry: a diagonal map, of norm max|c|. Two data factors: no bound."""
+    values = [context.live[name] for name in node.inputs]
+    if len(values) == 2:
+        return context.unbounded(node, values, "product of two values that depend on the input; their ranges are not known")
+    factor = context.constant(node, "other" if isinstance(node["self"], Ref) else "self")
+    if factor is None:
+        raise BoundError(f"{node.op} without a factor ({node.place})")
+    return scale(node, context, values[0], factor, Rounding(output=2, operations=1))
+
+
+@rule("aten.div.Tensor", "aten.div.Scalar")
+def division(node: Node, context: Context) -> Value:
+    """Bound the quotient by a constant: a diagonal map, of norm max|1/c|. A divisor that depends on the input: no bound."""
+    values = [context.live[name] for name in node.inputs]
+    if isinstance(node["other"], Ref):
+        return context.unbounded(node, values, "the divisor depends on the input; how close it comes to zero is not known")
+    divisor = context.constant(node, "other")
+    if divisor is None or bool((divisor == 0.0).any()):
+        raise BoundError(f"division by zero ({node.place})")
+    return scale(node, context, values[0], divisor.reciprocal(), Rounding(output=2, operations=1), roundings=1)
+
+
+@rule("aten.neg.default")
+def negation(node: Node, context: Context) -> Value:
+    """Negate: an isometry."""
+    return scale(node, context, context.data(node, "self"), torch.tensor(-1.0, dtype=torch.float64), EXACT)
+
+
+@rule("aten.pow.Tensor_Scalar", "aten.exp.default", "aten.log.default", "aten.sqrt.default", "aten.rsqrt.default",
+      "aten.reciprocal.default", "aten.square.default")  # fmt: skip
+def steep(node: Node, context: Context) -> Value:
+    """Give no bound: the slope of these functions has no bound over all real numbers."""
+    x = context.live[node.inputs[0]]
+    return context.unbounded(node, [x], "the slope grows without a bound; the range of the argument is not known")
+
+
+@rule("aten.sign.default", "aten.round.default", "aten.floor.default", "aten.ceil.default", "aten.trunc.default",
+      "aten.div.Tensor_mode", "aten.div.Scalar_mode", "aten.heaviside.default")  # fmt: skip
+def jump(node: Node, context: Context) -> Value:
+    """Give no bound: a function with jumps has no Lipschitz constant."""
+    return context.unbounded(node, [context.live[n] for n in node.inputs], "the function jumps: no Lipschitz constant exists")
+
+
+def scale(
+    node: Node, context: Context, x: Value, factor: Tensor, rounding: Rounding, *, roundings: int = 0
+) -> Value:
+    """Return the value of factor·x + const, broadcast to the node; `factor` is exact up to so many roundings.
+
+    A factor that varies along the channels alone is a diagonal matrix and fuses; one that varies over positions does not.
+    """
+    context.aligned(node, x)
+    full = factor.reshape((1,) * (len(node.shape) - factor.ndim) + tuple(factor.shape))
+    varying = [d for d, size in enumerate(full.shape) if size > 1]
+    if node.batch in varying:
+        raise context.mixed(node)
+
+    def transform(given: Representation) -> Representation | None:
+        layout = given.layout
+        layout = replace(layout, dims=((),) * (len(node.shape) - len(layout.dims)) + layout.dims)
+        spread = broadcast(replace(given, layout=layout), node.shape)
+        if spread is None or (varying and not (len(varying) == 1 and spread.layout.is_axis(varying[0], "c"))):
+            return None
+        return replace(spread, map=spread.map.scaled(full.flatten(), roundings))
+
+    copies = math.prod(node.shape) // max(1, math.prod(x.shape))
+    norm = mul_up(enlarge(_largest(full), roundings), sqrt_up(float(copies)))
+    channel = varying[0] - (len(node.shape) - len(x.shape)) if len(varying) == 1 else None
+    if channel is not None and (channel < 0 or x.shape[channel] == 1):
+        channel = None
+    return context.linear(
+        node, x, transform, channel=channel, norm=lambda: Bound(norm, "upper", "diagonal"), cheap=norm, rounding=rounding
+    )
+
+
+def _largest(tensor: Tensor | None) -> float:
+    return float(tensor.abs().max()) if tensor is not None and tensor.numel() else 0.0

@@ -1,0 +1,228 @@
+"""Linear operators with constant weights: convolutions and matrix products.
+
+Each is one tap list or one channel matrix, composed with the affine map of its argument where the two fuse (MATH.md 2
+and 3), and bounded alone where not. Biases do not matter for a Lipschitz constant. Rounding: an inner product of length
+n errs by γ_n Σ|w||x|, in any order of summation (Higham, chapter 3); one more rounding for the bias and one for weights
+that had to be rounded to the precision of the program.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from lipcert.bounds.affine import AffineMap, compose, pointwise, segment_bound
+from lipcert.bounds.convolution import conv_norm_upper
+from lipcert.bounds.core import BoundError, rule
+from lipcert.bounds.graph import Node, Ref
+from lipcert.bounds.layout import Layout
+from lipcert.bounds.matrix import spectral_norm_upper
+from lipcert.bounds.propagation import Context, Representation, Rounding, Value
+from lipcert.bounds.rounding import div_up, enlarge, mul_up, sqrt_up
+
+
+@rule(
+    "aten.conv1d.default", "aten.conv2d.default", "aten.conv1d.padding", "aten.conv2d.padding", "aten.conv3d.default",
+    "aten.conv3d.padding",
+)  # fmt: skip
+def convolution(node: Node, context: Context) -> Value:
+    """Bound a convolution: ‖conv‖ = max_ω ‖K̂(ω)‖ on a torus that contains it, fused with what surrounds it."""
+    x = context.data(node, "input")
+    weight = _weight(node, context, "weight")
+    if weight is None:
+        return context.unbounded(node, [x], "the kernel of the convolution depends on the input")
+    axes = weight.ndim - 2
+    _images_first(node, context, x, axes)
+    dilation = _each(node["dilation"], axes)
+    extents = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    padding = node["padding"]
+    before = [e // 2 if padding == "same" else 0 for e in extents] if isinstance(padding, str) else _each(padding, axes)
+    rounding = _rounding(node, context, weight, weight[0].numel())
+    if axes == 3:
+        norm = cache(
+            lambda: conv_norm_upper(
+                weight, x.shape[2:], stride=node["stride"], padding=padding, dilation=dilation, groups=node["groups"],
+                method=context.method,
+            )
+        )  # fmt: skip
+        return context.linear(node, x, None, norm=norm, cheap=schur(weight), rounding=rounding)
+    second = _kernel(weight, x.shape, node.shape, _each(node["stride"], axes), before, dilation, node["groups"])
+    expected = Layout.of(x.shape, 0, 1)
+
+    def transform(given: Representation) -> Representation | None:
+        if given.layout != expected:
+            return None
+        fused = compose(second, given.map)
+        return None if fused is None else replace(given, map=fused, layout=Layout.of(node.shape, 0, 1))
+
+    norm = cache(lambda: segment_bound(second, context.method))
+    return context.linear(node, x, transform, channel=1, norm=norm, cheap=second.magnitude, rounding=rounding)
+
+
+@rule("aten.conv_transpose1d.default", "aten.conv_transpose2d.input", "aten.conv_transpose3d.input")
+def transposed_convolution(node: Node, context: Context) -> Value:
+    """Bound a transposed convolution by the norm of its adjoint, a convolution; it does not fuse."""
+    x = context.data(node, "input")
+    weight = _weight(node, context, "weight")
+    if weight is None:
+        return context.unbounded(node, [x], "the kernel of the convolution depends on the input")
+    axes = weight.ndim - 2
+    _images_first(node, context, x, axes)
+    norm = cache(
+        lambda: conv_norm_upper(
+            weight, x.shape[2:], stride=_each(node["stride"], axes), padding=_each(node["padding"], axes),
+            dilation=_each(node["dilation"], axes), groups=node["groups"], transposed=True,
+            output_padding=_each(node["output_padding"], axes), method=context.method,
+        )
+    )  # fmt: skip
+    rounding = _rounding(node, context, weight, weight[:, 0].numel())
+    return context.linear(node, x, None, norm=norm, cheap=schur(weight), rounding=rounding)
+
+
+@rule("aten.linear.default")
+def linear(node: Node, context: Context) -> Value:
+    """Bound x ↦ xWᵀ + b along the last dimension by ‖W‖; positions do not add up: the map is block diagonal."""
+    x = context.data(node, "input")
+    weight = _weight(node, context, "weight")
+    if weight is None:
+        return context.unbounded(node, [x], "the weight matrix depends on the input")
+    return contraction(node, context, x, weight, len(x.shape) - 1)
+
+
+@rule("aten.addmm.default")
+def addmm(node: Node, context: Context) -> Value:
+    """Bound beta·bias + alpha·xM for a constant matrix M, as `linear`."""
+    if not isinstance(node["mat1"], Ref) or isinstance(node["mat2"], Ref) or isinstance(node["self"], Ref):
+        return context.unbounded(node, [context.live[n] for n in node.inputs], "product of two values that depend on the input")
+    x, matrix = context.data(node, "mat1"), context.constant(node, "mat2")
+    if matrix is None or float(node["alpha"]) != 1.0:
+        raise BoundError(f"addmm with alpha = {node['alpha']} has no rule ({node.place}); scale the matrix instead")
+    return contraction(node, context, x, matrix.T, 1, bias="self")
+
+
+@rule("aten.mm.default", "aten.matmul.default", "aten.bmm.default")
+def matmul(node: Node, context: Context) -> Value:
+    """Bound the product with a constant matrix on either side by its norm, taken along one dimension of the other."""
+    second = "mat2" if "mat2" in node.arguments else "other"
+    values = [context.live[name] for name in node.inputs]
+    if len(values) == 2:
+        return context.unbounded(node, values, "product of two values that depend on the input")
+    right = isinstance(node["self"], Ref)
+    x = values[0]
+    matrix = context.constant(node, second if right else "self")
+    if matrix is None or matrix.ndim < 2 or len(x.shape) < 2:
+        raise BoundError(f"{node.op} of a vector has no rule ({node.place}); use a matrix of one row or column")
+    matrix = matrix.mT if right else matrix
+    dim = len(x.shape) - (1 if right else 2)
+    if matrix.ndim == 2:
+        return contraction(node, context, x, matrix, dim)
+    context.axis(node, x, dim)
+    repeats = math.prod(node.shape) // matrix.shape[-2] * matrix.shape[-1] // math.prod(x.shape)
+    if repeats > 1:
+        return context.unbounded(node, values, "a stack of matrices multiplies one value")
+    norm = cache(lambda: spectral_norm_upper(matrix, context.method))
+    size = max(schur(one) for one in matrix.flatten(0, -3))
+    rounding = Rounding(inputs=((matrix.shape[-1] + 2, size),), operations=2 * matrix.shape[-1])
+    return context.linear(node, x, None, norm=norm, cheap=size, rounding=rounding)
+
+
+def contraction(node: Node, context: Context, x: Value, matrix: Tensor, dim: int, bias: str = "bias") -> Value:
+    """Return the value of a matrix (k, d) applied along dimension `dim` of x, of size d.
+
+    Where that dimension holds the channels, positions stay; where it holds whole (c, h, w) arrays, as after a flatten,
+    the matrix is one window that covers the grid.
+    """
+    dim = context.axis(node, x, dim)
+
+    def transform(given: Representation) -> Representation | None:
+        layout, first = given.layout, given.map
+        if layout.is_axis(dim, "c"):
+            second = pointwise(matrix, first.out)
+        elif set(layout.dims[dim]) == {axis for dims in layout.dims for axis in dims} <= set("chw"):
+            second = _window(matrix, layout, dim)
+        else:
+            return None
+        fused = compose(second, first)
+        if fused is None:
+            return None
+        flat = layout if layout.is_axis(dim, "c") else layout.resized(c=1, h=1, w=1)
+        return replace(given, map=fused, layout=flat.placed(dim, "c", matrix.shape[0]))
+
+    norm = cache(lambda: spectral_norm_upper(matrix, context.method))
+    return context.linear(
+        node, x, transform, channel=dim, norm=norm, cheap=schur(matrix),
+        rounding=_rounding(node, context, matrix, matrix.shape[1], bias),
+    )  # fmt: skip
+
+
+def _window(matrix: Tensor, layout: Layout, dim: int) -> AffineMap:
+    """Return a matrix on flattened (c, h, w) arrays as one window with a tap at every position."""
+    order = layout.dims[dim]
+    c, h, w = (layout.size(axis) for axis in "chw")
+    taps = matrix.reshape(-1, *(layout.size(axis) for axis in order))
+    missing = [axis for axis in "chw" if axis not in order]
+    taps = taps.reshape(*taps.shape, *(1 for _ in missing))
+    position = {axis: k + 1 for k, axis in enumerate((*order, *missing))}
+    taps = taps.permute(position["h"], position["w"], 0, position["c"])  # (h, w, k, c)
+    shifts = tuple(itertools.product(range(h), range(w)))
+    return AffineMap(taps.reshape(h * w, 1, -1, c), shifts, (h, w), (1, 1))
+
+
+def _kernel(
+    weight: Tensor, shape: tuple[int, ...], out: tuple[int, ...], stride: list[int], before: list[int],
+    dilation: list[int], groups: int,
+) -> AffineMap:  # fmt: skip
+    """Return a convolution of images of `shape` (1, c, [h,] w) as an affine map."""
+    if weight.ndim == 3:
+        weight, stride, before, dilation = weight[:, :, None], [1, *stride], [0, *before], [1, *dilation]
+        shape, out = (*shape[:2], 1, shape[2]), (*out[:2], 1, out[2])
+    shifts = tuple(
+        (a * dilation[0] - before[0], b * dilation[1] - before[1])
+        for a in range(weight.shape[2])
+        for b in range(weight.shape[3])
+    )
+    taps = weight.unflatten(0, (groups, -1)).flatten(3).permute(3, 0, 1, 2).contiguous()  # (T, g, c_out/g, c_in/g)
+    return AffineMap(taps, shifts, (shape[2], shape[3]), (out[2], out[3]), stride=(stride[0], stride[1])).trimmed()
+
+
+def _weight(node: Node, context: Context, argument: str) -> Tensor | None:
+    """Return constant weights, None where weights or bias depend on the input."""
+    if isinstance(node[argument], Ref) or isinstance(node["bias"], Ref):
+        return None
+    return context.constant(node, argument)
+
+
+def _images_first(node: Node, context: Context, x: Value, axes: int) -> None:
+    if len(x.shape) != axes + 2 or x.node.batch not in (0, None):
+        raise context.mixed(node)
+
+
+def _each(value: int | list[int] | tuple[int, ...], axes: int) -> list[int]:
+    given = [value] if isinstance(value, int) else list(value)
+    return given * axes if len(given) == 1 else given
+
+
+def _rounding(node: Node, context: Context, weight: Tensor, length: int, bias: str = "bias") -> Rounding:
+    """Return the rounding of inner products of this length, in l2 over all outputs, the bias included."""
+    offset = context.constant(node, bias) if bias in node.arguments else None
+    constant = 0.0
+    if offset is not None:
+        norm = enlarge(float(torch.linalg.vector_norm(offset)), offset.numel() + 2)
+        constant = mul_up(norm, sqrt_up(div_up(math.prod(node.shape), offset.numel())))
+    return Rounding(((length + 3, schur(weight)),), constant=(length + 3, constant), operations=2 * length + 2)
+
+
+def schur(weight: Tensor) -> float:
+    """Return an upper bound of ‖|W|‖ for a matrix or a kernel (c_out, c_in, *k), in either direction, by the Schur test.
+
+    √(largest sum of a row · largest sum of a column), rows and columns taken over all taps; in a kernel with groups the
+    columns add up rows of other groups as well, which only enlarges the bound.
+    """
+    absolute = weight.abs()
+    rows, columns = absolute.flatten(1).sum(1).max(), absolute.transpose(0, 1).flatten(1).sum(1).max()
+    return sqrt_up(mul_up(enlarge(float(rows), weight.numel()), enlarge(float(columns), weight.numel())))

@@ -1,0 +1,109 @@
+"""Batch, layer, group and instance normalisation at inference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lipcert.bounds.core import Bound, BoundError, rule
+from lipcert.bounds.graph import Node, Ref
+from lipcert.bounds.propagation import Context, Rounding, Value
+from lipcert.bounds.rounding import div_up, enlarge, mul_up, sqrt_up
+from lipcert.bounds.rules.elementwise import scale
+
+
+@rule("aten.batch_norm.default", "aten._native_batch_norm_legit_no_training.default")
+def batch_norm(node: Node, context: Context) -> Value:
+    """Bound BatchNorm at inference, weight·(x - mean)/√(var + ε) + bias: a diagonal map, fused with its neighbours.
+
+    With the statistics of the batch itself (training mode, or none recorded) it mixes images: BoundError.
+    """
+    x = context.data(node, "input")
+    if node.arguments.get("training", False) or node["running_mean"] is None:
+        raise BoundError(
+            f"BatchNorm uses the statistics of the batch ({node.place}): training mode or track_running_stats=False. "
+            "Call eval() on a model that has recorded statistics"
+        )
+    context.axis(node, x, 1)
+    variance, weight = context.constant(node, "running_var"), context.constant(node, "weight")
+    mean, bias = context.constant(node, "running_mean"), context.constant(node, "bias")
+    if node.output not in (None, 0) or variance is None or mean is None:
+        raise BoundError(f"only the normalised value of {node.op} has a rule ({node.place})")
+    if bool((variance + node["eps"] <= 0.0).any()):
+        raise BoundError(f"BatchNorm has a variance that is not positive ({node.place})")
+    factor = (variance + float(node["eps"])).rsqrt() * (1.0 if weight is None else weight)
+    shape = (-1, *(1,) * (len(x.shape) - 2))
+    largest = float(factor.abs().max())
+    positions = sqrt_up(float(math.prod(x.shape) // x.shape[1]))
+    shift = _norm(factor * mean) + (0.0 if bias is None else _norm(bias))  # kernels may fold the two into one constant
+    constant = mul_up(enlarge(shift, x.shape[1] + 8), positions)
+    rounding = Rounding(((8, enlarge(largest, 8)),), output=2, constant=(8, constant), operations=4)
+    return scale(node, context, x, factor.reshape(shape), rounding, roundings=8)
+
+
+@rule("aten.layer_norm.default", "aten.native_layer_norm.default")
+def layer_norm(node: Node, context: Context) -> Value:
+    """Bound LayerNorm by max|weight|/√ε: its Jacobian is diag(weight)(1/s)(P - zzᵀ/(Ds²)) with s² = var + ε ≥ ε.
+
+    The matrix in parentheses has singular values at most 1. The bound is attained where the variance vanishes.
+    """
+    x = context.data(node, "input")
+    shape = [int(size) for size in node["normalized_shape"]]
+    for dim in range(1, len(shape) + 1):
+        context.axis(node, x, -dim)
+    return _normalised(node, context, x, shape)
+
+
+@rule("aten.group_norm.default", "aten.native_group_norm.default")
+def group_norm(node: Node, context: Context) -> Value:
+    """Bound GroupNorm by max|weight|/√ε, group by group, as `layer_norm`; the groups are disjoint."""
+    x = context.data(node, "input")
+    groups = int(node["num_groups"] if "num_groups" in node.arguments else node["group"])
+    for dim in range(1, len(x.shape)):
+        context.axis(node, x, dim)
+    return _normalised(node, context, x, [math.prod(x.shape[1:]) // groups])
+
+
+@rule("aten.instance_norm.default")
+def instance_norm(node: Node, context: Context) -> Value:
+    """Bound InstanceNorm with statistics of the image by max|weight|/√ε, as `layer_norm`, channel by channel."""
+    x = context.data(node, "input")
+    if not node["use_input_stats"]:
+        raise BoundError(f"InstanceNorm with recorded statistics has no rule ({node.place}); use BatchNorm")
+    for dim in range(1, len(x.shape)):
+        context.axis(node, x, dim)
+    return _normalised(node, context, x, [math.prod(x.shape[2:])])
+
+
+def _normalised(node: Node, context: Context, x: Value, shape: Sequence[int]) -> Value:
+    """Return the value of weight·(x - mean)/√(var + ε) + bias over groups of ∏shape entries.
+
+    Rounding, for the two-pass evaluation of `Program` (mean, difference d, mean of d², quotient): the computed d errs by
+    γ_{D+2}‖x‖, and d ↦ d/√(mean d² + ε) is (1/√ε)-Lipschitz; all later operations are relative errors of the result.
+    """
+    if isinstance(node["weight"], Ref) or isinstance(node["bias"], Ref):
+        values = [context.live[name] for name in node.inputs]
+        return context.unbounded(node, values, "the weight of the normalisation depends on the input")
+    if node.output not in (None, 0):
+        raise BoundError(f"only the normalised value of {node.op} has a rule ({node.place})")
+    weight, bias, eps = context.constant(node, "weight"), context.constant(node, "bias"), float(node["eps"])
+    if eps <= 0.0:
+        return context.unbounded(node, [x], "normalisation with ε = 0 has no Lipschitz constant")
+    count = math.prod(shape)
+    largest = 1.0 if weight is None else float(weight.abs().max())
+    slope = div_up(largest, math.nextafter(math.sqrt(eps), 0.0))
+    constant = 0.0
+    if bias is not None:
+        copies = math.prod(x.shape) // bias.numel()
+        constant = mul_up(enlarge(_norm(bias), bias.numel() + 2), sqrt_up(float(copies)))
+    rounding = Rounding(
+        ((count + 3, slope),), output=count + 16, constant=(count + 16, constant), operations=2 * count + 8, float64_only=True
+    )
+    return context.nonlinear(node, [x], Bound(slope, "upper", "1/√ε"), rounding=rounding)
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor))

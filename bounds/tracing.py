@@ -1,0 +1,297 @@
+"""From a PyTorch model to a `Graph`.
+
+torch.export runs without decompositions, so that convolutions, normalisations and activations stay whole, and with a
+symbolic batch, so that the graph shows which dimension of every value counts the images. Operators of constants alone
+(weights, buffers, literals) are evaluated once in float64; what they give is from then on part of the weights. In-place
+operators become ordinary ones, pieces of a `chunk`, `split` or `unbind` become slices, casts between floating-point types
+disappear: the graph is evaluated in one precision.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import warnings
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lipcert.bounds.core import BoundError
+from lipcert.bounds.functional import functional, is_inplace, module_path, out_of_place, source_line
+from lipcert.bounds.graph import BatchConstant, BatchSize, Graph, Node, Ref, call, leaves, refs
+
+Example = tuple[int, ...]
+_SHAPE_ONLY = {f"aten.{name}.default" for name in ("zeros_like", "ones_like", "full_like", "empty_like")} | {
+    f"aten.{name}.default" for name in ("new_zeros", "new_ones", "new_full")
+}
+_CUTS = ("chunk", "split", "split_with_sizes", "unbind", "tensor_split", "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes")
+_CASTS = ("aten.to.", "aten._to_copy.", "aten.type_as.", "aten.float.", "aten.double.")
+
+
+def trace(model: nn.Module | torch.export.ExportedProgram, input_shape: Example) -> Graph:
+    """Export a model (a float64 copy in evaluation mode) for inputs (n, *input_shape) and return its graph.
+
+    Raises BoundError where torch cannot export the model, where weights are NaN or infinite, where the result is not one
+    tensor, and where a value does not keep the images of a batch apart.
+    """
+    if isinstance(model, torch.export.ExportedProgram):
+        program = model
+    else:
+        try:
+            plain = copy.deepcopy(model).eval().to(torch.float64)
+        except Exception as error:
+            raise BoundError(f"the model cannot be copied to float64: {_first_line(error)}") from error
+        program = _export(plain, input_shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = functional(program)
+    return _Builder(program, input_shape).graph()
+
+
+def _export(model: nn.Module, input_shape: Example) -> torch.export.ExportedProgram:
+    device = next((p.device for p in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    example = torch.zeros(2, *input_shape, dtype=torch.float64, device=device)
+    dynamic = ({0: torch.export.Dim("batch", min=1)},)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.export.export(model, (example,), dynamic_shapes=dynamic, strict=False)
+        except Exception as error:
+            raise BoundError(
+                f"torch.export cannot export the model for inputs (batch, {', '.join(map(str, input_shape))}): "
+                f"{_first_line(error)}. Give the right input shape, and keep the program free of branches on data and "
+                "of a fixed batch size"
+            ) from error
+
+
+def _first_line(error: Exception) -> str:
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}"[:400]
+
+
+class _Builder:
+    """Turn one exported program into a Graph; `environment` maps fx nodes to Ref, tensors, numbers and tuples."""
+
+    def __init__(self, program: torch.export.ExportedProgram, input_shape: Example) -> None:
+        self.program = program
+        self.environment: dict[torch.fx.Node, Any] = {}
+        self.nodes: dict[str, Node] = {}
+        self.weights: dict[str, Tensor] = {}
+        self.symbol: Any = None
+        self.input_shape = tuple(input_shape)
+
+    def graph(self) -> Graph:
+        signature = self.program.graph_signature
+        if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+            changed = ", ".join((signature.buffers_to_mutate or signature.user_inputs_to_mutate).values())
+            raise BoundError(f"the model changes {changed} while it runs; only a fixed function can be bounded")
+        with torch.no_grad():
+            for node in self.program.graph.nodes:
+                if node.op == "placeholder":
+                    self.environment[node] = self._placeholder(node)
+                elif node.op == "call_function":
+                    self.environment[node] = self._call(node)
+                elif node.op == "output":
+                    return self._finish(node)
+        raise BoundError("the exported program has no output")
+
+    def _placeholder(self, node: torch.fx.Node) -> Any:
+        signature = self.program.graph_signature
+        for table in (signature.inputs_to_parameters, signature.inputs_to_buffers):
+            if node.name in table:
+                name = table[node.name]
+                tensor = self.program.state_dict.get(name, self.program.constants.get(name))
+                return self._weight(name, tensor, bool(node.users))
+        if node.name in signature.inputs_to_lifted_tensor_constants:
+            name = signature.inputs_to_lifted_tensor_constants[node.name]
+            return self._weight(name, self.program.constants[name], bool(node.users))
+        value = node.meta["val"]
+        if not isinstance(value, Tensor) or self.nodes:
+            raise BoundError(f"the model must take exactly one tensor; {node.name} is another input")
+        first = value.shape[0] if value.ndim else 0
+        self.symbol = first.node.expr if isinstance(first, torch.SymInt) else None
+        given, shape = self.input_shape, tuple(value.shape[1:])
+        if shape != given or (self.symbol is None and first != 1):
+            raise BoundError(
+                f"the program was exported for inputs {tuple(value.shape)}, not (batch, *{given}); export it for that "
+                "shape with a dynamic batch dimension or a batch of one"
+            )
+        self.nodes[node.name] = Node(node.name, "input", {}, (1, *given), None if self.symbol is None else 0)
+        return Ref(node.name)
+
+    def _weight(self, name: str, tensor: Tensor | None, used: bool) -> Any:
+        if not used:
+            return None
+        if not isinstance(tensor, Tensor):
+            raise BoundError(f"the program refers to {name}, which is not a tensor")
+        tensor = _upcast(tensor.detach())
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise BoundError(f"weight {name} has NaN or infinite entries; no bound holds for it")
+        self.weights[name] = tensor
+        return tensor
+
+    def _call(self, node: torch.fx.Node) -> Any:
+        value = node.meta.get("val")
+        if value is None or isinstance(value, int | float | bool | torch.SymInt | torch.SymBool | torch.SymFloat):
+            return self._number(node, value)
+        args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: self.environment[n])
+        if node.target is operator.getitem:
+            return self._item(node, *args)
+        target, arguments = node.target, _bind(node.target, args, kwargs)
+        if is_inplace(node):
+            target = out_of_place(target)
+        data = list(refs(list(arguments.values())))
+        if str(target) in _SHAPE_ONLY or not data:
+            result: Any = self._fold(node, target, arguments)
+        else:
+            if str(target).startswith(_CASTS) and isinstance(value, Tensor) and value.is_floating_point():
+                target, arguments = torch.ops.aten.alias.default, {"self": data[0]}
+            result = self._record(node, target, arguments)
+        if is_inplace(node):  # whoever reads the changed value from here on reads the new one
+            self.environment[node.args[0]] = result
+        return result
+
+    def _number(self, node: torch.fx.Node, value: Any) -> Any:
+        """Return a Python number of the program; one that is read off the data would hide a branch from the proof."""
+        data = any(isinstance(self.environment.get(n), Ref) for n in node.all_input_nodes)
+        if data and value is not None and not str(node.target).startswith("aten.sym_"):
+            raise BoundError(
+                f"{node.target} turns data into a Python number ({module_path(node)}, {source_line(node)}); keep it a tensor"
+            )
+        return self._size(value) if isinstance(value, torch.SymInt) else value
+
+    def _item(self, node: torch.fx.Node, source: Any, index: int) -> Any:
+        """Return one of several results: a piece becomes a slice of what was cut, others name their output."""
+        if not isinstance(source, Ref):
+            return source[index]
+        whole = self.nodes[source.name]
+        kind = whole.op.split(".")[1]
+        if kind not in _CUTS:
+            return self._record(node, whole.target, whole.arguments, output=index)
+        cut = whole["self"]
+        dim = whole["dim"] % len(self.nodes[cut.name].shape)
+        if kind == "unbind":
+            return self._record(node, torch.ops.aten.select.int, {"self": cut, "dim": dim, "index": index})
+        sizes = [self._size(piece.shape[dim]) for piece in node.args[0].meta["val"]]
+        if any(isinstance(size, BatchSize) for size in sizes):
+            raise self._mixed(node)
+        start = sum(sizes[:index])
+        arguments = {"self": cut, "dim": dim, "start": start, "end": start + sizes[index], "step": 1}
+        return self._record(node, torch.ops.aten.slice.Tensor, arguments)
+
+    def _record(self, node: torch.fx.Node, target: Any, arguments: Mapping[str, Any], output: int | None = None) -> Ref:
+        value = node.meta["val"]
+        shape, batch = self._shape(node, value) if isinstance(value, Tensor) else ((), None)
+        fixed = MappingProxyType({key: self._per_image(node, argument) for key, argument in arguments.items()})
+        where = module_path(node), source_line(node)
+        self.nodes[node.name] = Node(node.name, str(target), fixed, shape, batch, *where, output=output, target=target)
+        return Ref(node.name)
+
+    def _fold(self, node: torch.fx.Node, target: Any, arguments: Mapping[str, Any]) -> Any:
+        """Evaluate an operator of constants; one with a batch dimension is evaluated for two images."""
+        if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
+            raise BoundError(f"{target} is random ({module_path(node)}, {source_line(node)}); only a fixed function can be bounded")
+        plain = {key: self._twice(argument) for key, argument in arguments.items()}
+        if str(target).startswith(_CASTS) and isinstance(plain.get("self"), Tensor) and plain["self"].is_floating_point():
+            result = plain["self"] if node.meta["val"].is_floating_point() else call(target, plain)
+        else:
+            result = call(target, plain)
+        if isinstance(result, Tensor):
+            return self._batched(node, _upcast(result), node.meta["val"], arguments)
+        pieces = zip(result, node.meta["val"], strict=True)
+        return type(result)(self._batched(node, _upcast(piece), value, arguments) for piece, value in pieces)
+
+    def _batched(self, node: torch.fx.Node, tensor: Tensor, value: Tensor, arguments: Mapping[str, Any]) -> Any:
+        sizes = [self._size(size) for size in value.shape]
+        axes = [axis for axis, size in enumerate(sizes) if isinstance(size, BatchSize)]
+        if not axes:
+            if any(isinstance(leaf, BatchSize | BatchConstant) for leaf in leaves(list(arguments.values()))):
+                raise self._mixed(node)
+            return tensor
+        if len(axes) > 1 or sizes[axes[0]] != BatchSize(1):
+            raise self._mixed(node)
+        return BatchConstant(tensor, axes[0])
+
+    def _twice(self, argument: Any) -> Any:
+        """Return an argument for a batch of two; data only lends its shape (zeros_like)."""
+        if isinstance(argument, BatchSize):
+            return 2 * argument.factor
+        if isinstance(argument, BatchConstant):
+            return argument.tensor
+        if isinstance(argument, Ref):
+            node = self.nodes[argument.name]
+            shape = [2 * size if axis == node.batch else size for axis, size in enumerate(node.shape)]
+            return next(iter(self.weights.values()), torch.zeros(())).new_empty(shape, dtype=torch.float64)
+        return type(argument)(map(self._twice, argument)) if isinstance(argument, list | tuple) else argument
+
+    def _per_image(self, node: torch.fx.Node, argument: Any) -> Any:
+        """Return an argument of a data operator: a constant with a batch dimension must be the same for all images."""
+        if isinstance(argument, list | tuple):
+            return tuple(self._per_image(node, item) for item in argument)
+        if not isinstance(argument, BatchConstant):
+            return argument
+        first, second = argument.tensor.unbind(argument.axis)
+        if not torch.equal(first, second):
+            raise self._mixed(node)
+        return BatchConstant(first.unsqueeze(argument.axis), argument.axis)
+
+    def _size(self, size: Any) -> int | BatchSize:
+        """Return a size as an integer, or as a multiple of the batch."""
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        values = {n: size.node.expr.subs(self.symbol, n) for n in (2, 3, 7)}
+        factor = values[2] / 2
+        if not factor.is_integer or any(value != n * factor for n, value in values.items()):
+            raise BoundError(f"a size depends on the batch as {size.node.expr}; only multiples of the batch size are understood")
+        return BatchSize(int(factor))
+
+    def _shape(self, node: torch.fx.Node, value: Tensor) -> tuple[tuple[int, ...], int | None]:
+        sizes = [self._size(size) for size in value.shape]
+        axes = [axis for axis, size in enumerate(sizes) if isinstance(size, BatchSize)]
+        if self.symbol is not None and len(axes) != 1:
+            raise self._mixed(node)
+        shape = tuple(size.factor if isinstance(size, BatchSize) else size for size in sizes)
+        return shape, axes[0] if axes else None
+
+    def _mixed(self, node: torch.fx.Node) -> BoundError:
+        return BoundError(
+            f"{node.target} mixes the images of a batch ({module_path(node)}, {source_line(node)}); "
+            "a certificate needs a function of one image"
+        )
+
+    def _finish(self, node: torch.fx.Node) -> Graph:
+        results = [self.environment[value] if isinstance(value, torch.fx.Node) else value for value in node.args[0]]
+        if len(results) != 1 or not isinstance(results[0], Ref):
+            raise BoundError(
+                f"the model must return one tensor that depends on its input; it returns {len(results)} values. "
+                "Wrap it in a module that picks one"
+            )
+        needed, stack = {next(iter(self.nodes))}, [results[0].name]
+        while stack:
+            name = stack.pop()
+            if name not in needed:
+                needed.add(name)
+                stack.extend(self.nodes[name].inputs)
+        nodes = tuple(n for n in self.nodes.values() if n.name in needed)
+        return Graph(nodes, results[0].name, MappingProxyType(self.weights), self.symbol is not None)
+
+
+def _bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments by the names of the schema, defaults filled in."""
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return {**{f"argument{k}": arg for k, arg in enumerate(args)}, **kwargs}
+    bound = {}
+    for position, argument in enumerate(schema.arguments):
+        if position < len(args):
+            bound[argument.name] = args[position]
+        else:
+            bound[argument.name] = kwargs.get(argument.name, argument.default_value)
+    return bound
+
+
+def _upcast(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float64) if tensor.is_floating_point() else tensor

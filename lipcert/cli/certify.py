@@ -1,0 +1,130 @@
+"""`lipcert certify`: the radius within which no input changes the prediction, for every image of a split."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import lipcert
+from lipcert.cli.options import Radii, note, table, write_json
+from lipcert.cli.subject import Subject, load_subject, progress, subject_options
+from lipcert.files import read_json
+from lipcert.files import write_json as write_file
+
+if TYPE_CHECKING:
+    from lipcert.bounds.audit import Audit
+    from lipcert.certificate import Certificate
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  lipcert certify runs/digits
+  lipcert certify runs/cifar10 --limit 1000 --radii 36/255,72/255,108/255
+  lipcert certify runs/cifar10 --deployed float32 -o runs/cifar10-float32
+  lipcert certify path/to/file.py:factory --data folder:photos -o certified
+
+Certified accuracy at r is the share of all images that are classified rightly and whose radius is greater than r."""
+)
+@subject_options
+@click.option(
+    "--radii", type=Radii(), default="36/255,72/255,108/255,1", show_default=True, help="Radii of the table, in l2."
+)
+@click.option(
+    "--deployed", type=click.Choice(["float32"]), help="Certify the float32 program instead of exact arithmetic."
+)
+def command(
+    *,
+    radii: tuple[float, ...],
+    deployed: str | None,
+    resume: bool,
+    batch_size: int,
+    json_file: str | None,
+    **options: Any,
+) -> None:
+    """Certify l2 radii of MODEL on the images of a data set.
+
+    Results go to certificates.tsv, certificate.json and summary.json in the run folder, or in the folder given with -o.
+    """
+    from lipcert.certificate import CERTIFICATE, ROWS, SUMMARY, begin, read
+    from lipcert.certify import summarise
+
+    subject = load_subject(**options)
+    start = time.perf_counter()
+    proof, certificate = _prove(subject, deployed or "float64")
+    first = begin(subject.folder, certificate, batch_size=batch_size, resume=resume)
+    if first == certificate.n:
+        note(f"{subject.folder / ROWS} holds these certificates already; nothing was computed")
+    _certify(subject, proof, certificate, first, batch_size)
+    rows = read(subject.folder)
+    summary = summarise(rows, radii) | {
+        "upper": proof.upper.value,
+        "lower": _lower(subject.folder, certificate.weights_sha256),
+        "precision": certificate.precision,
+        "tf32": certificate.arithmetic["tf32"],
+        "seconds": float(rows["time"].sum()),
+    }
+    write_file(subject.folder / SUMMARY, summary)
+    if json_file is not None:
+        write_json(json_file, summary)
+    if json_file != "-":
+        click.echo(_text(subject, summary))
+    note(f"wrote {ROWS}, {CERTIFICATE} and {SUMMARY} to {subject.folder} ({time.perf_counter() - start:.1f} s)")
+    note(f"next: lipcert attack {options['model']} --eps 36/255 tries to break them")
+
+
+def _prove(subject: Subject, precision: str) -> tuple[Audit, Certificate]:
+    """Bound the network and describe the certificate that follows."""
+    from lipcert.bounds.audit import audit
+    from lipcert.certificate import Certificate
+    from lipcert.numerics import exact
+    from lipcert.runtime import environment
+
+    proof = audit(subject.network, subject.shape)
+    with exact() as facts:
+        arithmetic = {**facts, **environment(subject.device)}
+    return proof, Certificate(
+        model=subject.name,
+        weights_sha256=proof.weights_sha256,
+        data=subject.dataset.name,
+        split=subject.dataset.split,
+        n=len(subject.dataset),
+        precision=precision,
+        input_shape=tuple(proof.input_shape),
+        domain=proof.domain,
+        audit=proof.to_json(),
+        arithmetic=arithmetic,
+        lipcert=lipcert.__version__,
+    )
+
+
+def _certify(subject: Subject, proof: Audit, certificate: Certificate, first: int, batch_size: int) -> None:
+    from lipcert.certificate import write
+    from lipcert.certify import rows_of_batches
+    from lipcert.data import loader
+
+    batches = loader(subject.dataset, batch_size, start_batch=first // batch_size)
+    with progress(first, certificate.n, "certifying") as advance:
+        if first == certificate.n:
+            return
+        for rows in rows_of_batches(proof, batches, precision=certificate.precision, first=first):
+            write(subject.folder, rows)
+            advance(len(rows))
+
+
+def _lower(folder: Path, weights_sha256: str) -> float | None:
+    """Return the lower bound that `lipcert bound` found for these weights, if it was asked."""
+    path = folder / "bound.json"
+    bound = read_json(path) if path.is_file() else {}
+    return bound.get("lower") if bound.get("weights_sha256") == weights_sha256 else None
+
+
+def _text(subject: Subject, summary: dict[str, Any]) -> str:
+    accuracies = [("clean", f"{summary['clean']:.2%}")]
+    accuracies += [(f"l2 {radius}", f"{share:.2%}") for radius, share in summary["certified"].items()]
+    what = f"{subject.name} on {summary['n']} images of {subject.dataset.name} {subject.dataset.split}"
+    bound = f"Lipschitz bound {summary['upper']:.6g}, certified for {summary['precision']}"
+    return f"{what}, {bound}\n\n{table(accuracies, ('', 'accuracy'))}\n\nmean certified radius {summary['acr']:.4f}"

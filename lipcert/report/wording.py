@@ -1,0 +1,94 @@
+"""Numbers as text. A proved upper bound is rounded up and a lower bound down, so that what is read is still true."""
+
+from __future__ import annotations
+
+import math
+from decimal import ROUND_CEILING, ROUND_FLOOR, ROUND_HALF_EVEN, Decimal
+
+MISSING = "–"
+
+
+def significant(value: float | None, digits: int = 4, rounding: str = ROUND_HALF_EVEN) -> str:
+    """Write a number with `digits` significant digits, in plain notation unless it is very large or small.
+
+    >>> significant(12.3456), significant(1.23456e9), significant(float("inf"))
+    ('12.35', '1.235e+9', '∞')
+    """
+    if value is None or math.isnan(value):
+        return MISSING
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    if value == 0:
+        return "0"
+    exact = Decimal(value)
+    rounded = exact.quantize(Decimal(1).scaleb(exact.adjusted() - digits + 1), rounding)
+    plain = -4 <= rounded.adjusted() < 6
+    return format(rounded, "f" if plain else f".{digits - 1}e").replace("-", "−", 1 if value < 0 else 0)
+
+
+def upper(value: float | None) -> str:
+    """Write an upper bound, rounded up.
+
+    >>> upper(26.690001)
+    '26.70'
+    """
+    return significant(value, rounding=ROUND_CEILING)
+
+
+def lower(value: float | None) -> str:
+    """Write a lower bound, rounded down.
+
+    >>> lower(26.699999)
+    '26.69'
+    """
+    return significant(value, rounding=ROUND_FLOOR)
+
+
+def percent(value: float | None) -> str:
+    """Write a share with two decimals of a percent, which is exact for up to 10 000 images.
+
+    >>> percent(0.6315)
+    '63.15'
+    """
+    return MISSING if value is None or math.isnan(value) else f"{100 * value:.2f}"
+
+
+def count(value: float | None) -> str:
+    """Write a whole number with narrow no-break spaces between thousands."""
+    return MISSING if value is None or math.isnan(value) else f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+
+
+def duration(seconds: float | None) -> str:
+    """Write a time in the unit that suits it.
+
+    >>> duration(42.3), duration(5000)
+    ('42.3 s', '1 h 23 min')
+    """
+    if seconds is None or math.isnan(seconds):
+        return MISSING
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def exact_radius(key: str) -> float:
+    """Return the radius that a key of summary.json, rounded to four digits, stands for: k/255 if that rounds to it.
+
+    >>> exact_radius("0.1412") == 36 / 255, exact_radius("0.5001")
+    (True, 0.5001)
+    """
+    steps = round(255 * float(key))
+    return steps / 255 if f"{steps / 255:.4f}" == key else float(key)
+
+
+def radius(value: float) -> str:
+    """Write a radius as the fraction of 255 that the literature uses where it is one.
+
+    >>> radius(36 / 255), radius(0.25), radius(1.0)
+    ('36/255', '0.25', '1')
+    """
+    steps = round(255 * value)
+    if steps % 255 and math.isclose(value, steps / 255, rel_tol=1e-9):
+        return f"{steps}/255"
+    return f"{value:.4g}"
