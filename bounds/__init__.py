@@ -6,6 +6,7 @@ if __name__ != "lipcert.bounds":
         "under two names there would be two copies and two rule tables"
     )
 
+import lipcert.bounds.rules  # noqa: F401  (registers the rules)
 from lipcert.bounds.audit import Audit, audit
 from lipcert.bounds.core import Bound, BoundError, rule
 

@@ -34,7 +34,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lipcert.bounds.convolution import _norm as correlation_norm
+from lipcert.bounds.convolution import correlation_norm
 from lipcert.bounds.core import Bound
 from lipcert.bounds.matrix import resolve, scaled
 from lipcert.bounds.rounding import add_up, enlarge, gamma, mul_up, scale_up, sqrt_up
@@ -99,11 +99,12 @@ class AffineMap:
     def magnitude(self) -> float:
         """Return S ≥ ‖|M|‖ ≥ ‖M‖ for the stored kernel, by the Schur test; rows and columns of |M| summed over all taps."""
         absolute = self.taps.abs()
-        rows, columns = absolute.sum((0, 3)).max(), absolute.sum((0, 2)).max()
-        terms = self.taps.shape[0] * max(self.taps.shape[2:])
-        repeats = math.prod(_repeats(self, axis) for axis in (0, 1))
-        product = mul_up(enlarge(float(rows), terms), enlarge(float(columns), terms), float(repeats))
-        return add_up(sqrt_up(product), UNDERFLOW) if product else 0.0
+        entries = absolute != 0.0
+        sums = []
+        for dims in ((0, 3), (0, 2)):
+            largest, terms = float(absolute.sum(dims).max()), int(entries.sum(dims).max())
+            sums.append(largest if terms <= 1 else enlarge(largest, terms))
+        return sqrt_up(mul_up(*sums, float(math.prod(_repeats(self, axis) for axis in (0, 1)))))
 
     def regrouped(self, groups: int) -> AffineMap:
         """Return the same map with fewer groups; `groups` divides the present number."""
@@ -146,11 +147,14 @@ class AffineMap:
         return replace(scaled, error=add_up(mul_up(self.error, largest), rounding))
 
     def trimmed(self) -> AffineMap:
-        """Return the same map without taps that are zero; a kernel that has become pointwise may be composed further."""
+        """Return the same map without taps that are zero or read nothing; what has become pointwise can fuse further."""
         used = self.taps.flatten(1).any(1).tolist()
+        used = [u and all(_meets(self, shift, axis) for axis in (0, 1)) for u, shift in zip(used, self.shifts, strict=True)]
         if all(used):
             return self
-        keep = [t for t, u in enumerate(used) if u] or [0]  # the zero map keeps one tap
+        keep = [t for t, u in enumerate(used) if u]
+        if not keep:  # the zero map keeps one tap
+            return replace(self, taps=torch.zeros_like(self.taps[:1]), shifts=((0, 0),))
         return replace(self, taps=self.taps[keep], shifts=tuple(self.shifts[t] for t in keep))
 
     def untangled(self) -> AffineMap:
@@ -279,6 +283,13 @@ def _reads(m: AffineMap, axis: int) -> Pair:
     return min(shifts), max(shifts) + m.stride[axis] * (m.out[axis] - 1)
 
 
+def _meets(m: AffineMap, shift: Pair, axis: int) -> bool:
+    """Return whether a tap at this shift reads any position of the grid."""
+    stride, delta = m.stride[axis], shift[axis]
+    first = max(0, -(delta // stride))  # the least i ≥ 0 with stride·i + delta ≥ 0
+    return m.wrap[axis] or (first < m.out[axis] and stride * first + delta < m.n[axis])
+
+
 def _inside(m: AffineMap, axis: int) -> bool:
     """Return whether the map reads only positions of its grid, so that what surrounds the grid does not matter."""
     low, high = _reads(m, axis)
@@ -328,9 +339,11 @@ def segment_bound(m: AffineMap, method: str = "auto") -> Bound:
     compression otherwise, then `error` is added. Where a periodic axis reads some windows r times (circular padding
     kept as it is), the rows are a selection with multiplicity r of those of a torus map: factor √r.
     """
+    m = m.trimmed().untangled()
     if not bool(m.taps.any()):
         return Bound(m.error, "upper", "zero")
-    m = m.untangled()
+    if m.magnitude <= float(m.taps.abs().max()) * (1.0 + 2.0**-40):  # selections and the like: no norm is smaller
+        return Bound(add_up(m.magnitude, m.error), "upper", "row and column sums")
     repeats, stride, out = 1, list(m.stride), list(m.out)
     for axis in (0, 1):
         if m.wrap[axis] and m.stride[axis] * m.out[axis] != m.n[axis]:

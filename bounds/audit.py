@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,11 @@ from lipcert.bounds.core import Bound, BoundError
 from lipcert.bounds.graph import Graph, Ref
 from lipcert.bounds.patterns import lift
 from lipcert.bounds.program import Program
-from lipcert.bounds.propagation import Context, Derivation, Value, propagate
+from lipcert.bounds.propagation import Context, propagate
 from lipcert.bounds.report import LayerBound, describe, rows, table
-from lipcert.bounds.rounding import UNIT, add_up, enlarge, gamma, mul_up
+from lipcert.bounds.rounding import enlarge, gamma, mul_up
 from lipcert.bounds.tracing import trace
-
-_PASSED_ON = ("aten.alias.default", "aten.contiguous.default", "aten.clone.default", "aten.detach.default")
-
+from lipcert.bounds.values import Value
 
 @dataclass(frozen=True)
 class Head:
@@ -151,10 +149,7 @@ def audit(
 
 def _last_linear(graph: Graph) -> tuple[str, Tensor] | None:
     """Return the name of h and the matrix W where the output is W h + b (and nothing after it), else None."""
-    node = {node.name: node for node in graph.nodes}[graph.output]
-    table = {node.name: node for node in graph.nodes}
-    while node.op in _PASSED_ON:
-        node = table[node["self"].name]
+    node = next(node for node in graph.nodes if node.name == graph.output)
     if len(node.shape) != 2:
         return None
     if node.op == "aten.linear.default" and not isinstance(node["weight"], Ref) and isinstance(node["input"], Ref):

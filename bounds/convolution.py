@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -52,7 +51,6 @@ WORK = 2e11  # floating-point operations, some ten seconds on one core, above wh
 COARSE = (32, 16)  # grid points per degree of the symbol where the torus is too large: 1.0012 or 1.0048 per axis
 
 Sizes = int | Sequence[int]
-MethodChoice = Literal["auto", "eigenvalue", "gram"]
 
 
 @torch.no_grad()
@@ -67,7 +65,7 @@ def conv_norm_upper(
     padding_mode: str = "zeros",
     transposed: bool = False,
     output_padding: Sizes = 0,
-    method: MethodChoice = "auto",
+    method: str = "auto",
 ) -> Bound:
     """Bound the l2 norm of a 1-, 2- or 3-dimensional convolution of images of exactly this size.
 
@@ -131,7 +129,7 @@ def kernel_norm_upper(
     out_grid: Sequence[int],
     circular: bool,
     error: float = 0.0,
-    method: MethodChoice = "auto",
+    method: str = "auto",
 ) -> Bound:
     """Bound the norm of a composed kernel with taps at any displacement.
 
@@ -203,9 +201,6 @@ def correlation_norm(correlation: Correlation, method: Method) -> Bound:
     name = "torus" if sizes == full else "grid"
     place = "matrix" if max(sizes) == 1 else f"{name} {'x'.join(map(str, sizes))}"
     return Bound(mul_up(value, factor, sqrt_up(float(copies))), "upper", f"{place}, {method}")
-
-
-_norm = correlation_norm
 
 
 def _dense_bound(correlation: Correlation, method: Method) -> Bound:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+
 @dataclass(frozen=True)
 class Ref:
     """Name a value that depends on the input."""

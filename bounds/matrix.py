@@ -4,16 +4,16 @@ Power iteration converges from below: ‖Wv‖/‖v‖ ≤ ‖W‖ at every step
 bound in float64 with every rounding counted (proofs and error terms: `lipcert.bounds.spectral`):
 
 - "gram": Gram iteration (Delattre et al. 2023), matrix products only, the default on an accelerator;
-- "eigenvalue": a verified eigendecomposition of the smaller Gram matrix, the default on a CPU; slack about 1e-11.
+- "eigenvalue": a verified eigendecomposition of the smaller Gram matrix, or for a large one a Lanczos value verified by
+  a factorisation, the default on a CPU; relative slack about n²u, 1e-11 at n = 200 and 3e-10 at n = 2048.
 
-Both take √(‖W‖₁‖W‖_∞) and the Frobenius norm where these are smaller, and are exact upwards for weights of any scale:
-W is first scaled by a power of two. A tensor of more than two dimensions is a batch, of which the largest norm counts.
+Both take √(‖W‖₁‖W‖_∞) and the Frobenius norm where these are smaller, and hold for weights of any scale: W is first
+scaled by a power of two. A tensor of more than two dimensions is a batch, of which the largest norm counts.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,14 +22,15 @@ from lipcert.bounds.core import Bound, BoundError
 from lipcert.bounds.rounding import add_up, scale_up, sqrt_up
 from lipcert.bounds.spectral import TINY, Method, cheap, largest_squared, raised
 
-MEMORY = 2**29  # bytes of one chunk of blocks with all its temporary copies
+MEMORY = 2**28  # bytes of one chunk of blocks with all its temporary copies; a single block may need more
 
 
-def spectral_norm_upper(W: Tensor, method: Literal["auto", "eigenvalue", "gram"] = "auto") -> Bound:
+def spectral_norm_upper(W: Tensor, method: str = "auto") -> Bound:
     """Bound the spectral norm of W (..., m, n) from above; the largest over leading dimensions.
 
-    "auto" is "eigenvalue" on a CPU and "gram" on an accelerator. Weights in float16, bfloat16 or float32 (real or
-    complex) are taken at their exact values. Raises BoundError for other types, fewer than two dimensions, NaN and ∞.
+    `method` is "eigenvalue", "gram" or "auto", which is "eigenvalue" on a CPU and "gram" on an accelerator. Weights in
+    float16, bfloat16 or float32 (real or complex) are taken at their exact values. Raises BoundError for other types,
+    fewer than two dimensions, NaN and ∞.
 
     >>> bound = spectral_norm_upper(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
     >>> bound.kind, 4.0 <= bound.value < 4.0 + 1e-12
@@ -104,8 +105,10 @@ def resolve(method: str, W: Tensor) -> Method:
     """Return the method that "auto" stands for on the device of W; raise BoundError for an unknown one."""
     if method == "auto":
         return "eigenvalue" if W.device.type == "cpu" else "gram"
-    if method == "eigenvalue" or method == "gram":
-        return method
+    if method == "eigenvalue":
+        return "eigenvalue"
+    if method == "gram":
+        return "gram"
     raise BoundError(f"method is 'auto', 'eigenvalue' or 'gram', got {method!r}")
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lipcert.bounds.graph import Graph, Node, Ref
+from lipcert.bounds.simplify import pruned, simplify
 
 _LARGER = ("aten.maximum.default", "aten.max.other")
 _SMALLER = ("aten.minimum.default", "aten.min.other")
@@ -29,20 +30,15 @@ _SMALLEST = ("aten.amin.default", "aten.min.dim")
 
 
 def lift(graph: Graph) -> Graph:
-    """Return the graph with every match replaced, and without the nodes that nothing reads any more."""
+    """Return the graph simplified, with every match replaced, and without the nodes that nothing reads any more."""
+    graph = simplify(graph)
     table = {node.name: node for node in graph.nodes}
     for node in graph.nodes:
         match = _maxmin(node, table) or _center(node, table)
         if match is not None:
             op, arguments = match
             table[node.name] = replace(node, op=op, arguments=MappingProxyType(arguments), target=_TARGETS[op])
-    needed, stack = {graph.input.name}, [graph.output]
-    while stack:
-        name = stack.pop()
-        if name not in needed:
-            needed.add(name)
-            stack.extend(table[name].inputs)
-    return replace(graph, nodes=tuple(table[node.name] for node in graph.nodes if node.name in needed))
+    return pruned(replace(graph, nodes=tuple(table[node.name] for node in graph.nodes)))
 
 
 def _maxmin(node: Node, table: Mapping[str, Node]) -> tuple[str, dict[str, Any]] | None:

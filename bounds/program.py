@@ -30,8 +30,8 @@ from torch import Tensor
 
 from lipcert.bounds.core import BoundError
 from lipcert.bounds.graph import BatchConstant, BatchSize, Graph, Node, Ref, call
-from lipcert.bounds.propagation import Derivation, Rounding, Step
 from lipcert.bounds.rounding import UNIT, enlarge, gamma
+from lipcert.bounds.values import Derivation, Step
 
 SLACK = 1.0 + 2.0**-40
 TINY = {"float64": 2.0**-1022, "float32": 2.0**-126}  # below it results may be flushed to zero

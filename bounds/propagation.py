@@ -20,105 +20,34 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from lipcert.bounds.affine import AffineMap, add, identity, segment_bound, stack
+from lipcert.bounds.affine import identity, segment_bound, stack
 from lipcert.bounds.core import RULES, Bound, BoundError, unknown_operators
 from lipcert.bounds.graph import BatchConstant, Graph, Node, Ref
 from lipcert.bounds.layout import Layout
-from lipcert.bounds.rounding import add_up, mul_up, sqrt_up
+from lipcert.bounds.rounding import mul_up, sqrt_up
+from lipcert.bounds.values import (
+    Anchor,
+    Derivation,
+    Piece,
+    Representation,
+    Rounding,
+    Step,
+    Transform,
+    Value,
+    added,
+    broadcast,
+    raised,
+    root,
+    total,
+)
 
 KEPT = 4  # representations per value: the earliest two anchors and the latest two
-ONE = Bound(1.0, "upper", "isometry")
-
-
-@dataclass(frozen=True, eq=False)
-class Representation:
-    """An affine map from an anchor, how its output lies in the tensor, and the nodes (by index) that it composes."""
-
-    map: AffineMap
-    layout: Layout
-    members: frozenset[int] = frozenset()
-
-
-Transform = Callable[[Representation], Representation | None]
-
-
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """‖Δvalue‖ ≤ factor · ‖Δparent restricted to `indices` of dimension `dim`‖."""
-
-    dim: int
-    indices: frozenset[int]
-    factor: Callable[[], Bound]
-    members: frozenset[int]
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """Bound the error that one floating-point operator adds to the exact operator on its computed arguments, in l2.
-
-    With γ of the precision: Σ_i γ_{n_i}·S_i·‖argument_i‖ + γ_output·‖result‖ + γ_n·‖constant‖ + absolute, plus what can
-    underflow (`operations` per output entry). `float64_only`: proved for how `Program` evaluates the operator, not for
-    torch's own float32 kernel.
-    """
-
-    inputs: tuple[tuple[int, float], ...] = ()
-    output: int = 0
-    constant: tuple[int, float] = (0, 0.0)
-    absolute: float = 0.0
-    operations: int = 0
-    float64_only: bool = False
-
-
-@dataclass(frozen=True)
-class Step:
-    """One operator alone: argument indices, a cheap Lipschitz constant for each, how they join, and its rounding."""
-
-    inputs: tuple[int, ...]
-    factors: tuple[float, ...]
-    joint: bool  # √Σ(f_i·)² instead of Σ f_i·
-    rounding: Rounding
-
-
-@dataclass(frozen=True)
-class Derivation:
-    """Why L(value) ≤ Σ f_i L(source_i), or √Σ(f_i L(source_i))² if `joint`; `members` are the nodes in between."""
-
-    sources: tuple[int, ...]
-    factors: tuple[Bound, ...]
-    bound: Bound
-    label: str
-    joint: bool = False
-    members: frozenset[int] = frozenset()
-    reason: str = ""  # why there is no bound
-
-
-@dataclass(eq=False)
-class Value:
-    """What is known about one node while the walk needs it."""
-
-    node: Node
-    index: int
-    step: Step
-    forked: bool
-    representations: dict[tuple[Value, int], Representation] = field(default_factory=dict)
-    own: dict[tuple[Value, int], Representation] = field(default_factory=dict)
-    pieces: dict[Value, Piece] = field(default_factory=dict)
-    candidates: list[Callable[[], Derivation]] = field(default_factory=list)
-    merged: tuple[int, int] = (1, 1)  # the batch dimension is merged (outer) · images · (inner)
-    retired: bool = False  # no further node reads it
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.node.shape
-
-
-Anchor = tuple[Value, int]  # a value, and which of its dimensions holds the channels
 
 
 class Context:
@@ -182,6 +111,8 @@ class Context:
             for anchor, representation in self.carriers(x, channel).items():
                 if (new := transform(representation)) is not None:
                     made[anchor] = new
+            if not made and channel is not None:
+                made = self._relabelled(x, channel, transform)
             if not made:
                 anchor, representation = self.identity(x, channel)
                 if (new := transform(representation)) is not None:
@@ -222,22 +153,22 @@ class Context:
         made = {}
         for anchor in _common(tables):
             parts = [table[anchor] for table in tables]
-            layouts = [_raised(part.layout, len(node.shape)) for part in parts]
-            total: Representation | None = None
+            layouts = [raised(part.layout, len(node.shape)) for part in parts]
+            whole: Representation | None = None
             for part, layout, (_, factor) in zip(parts, layouts, terms, strict=True):
                 new = broadcast(replace(part, layout=layout), node.shape, layouts)
                 new = new and replace(new, map=new.map.scaled(torch.tensor([factor], dtype=torch.float64)))
-                total = new if total is None else new and added(total, new)
-                if total is None:
+                whole = new if whole is None else new and added(whole, new)
+                if whole is None:
                     break
-            if total is not None:
-                made[anchor] = total
+            if whole is not None:
+                made[anchor] = whole
         value.representations = self._kept(node, made)
         for parent in _common([x.pieces for x, _ in terms]):
             pieces = [x.pieces[parent] for x, _ in terms]
             if len({(piece.dim, piece.indices) for piece in pieces}) == 1:
                 bounds = [Bound(f, "upper", "scale") for f in factors]
-                total_factor = cache(lambda ps=pieces, bs=bounds: _total([p.factor() * b for p, b in zip(ps, bs, strict=True)]))
+                total_factor = cache(lambda ps=pieces, bs=bounds: total([p.factor() * b for p, b in zip(ps, bs, strict=True)]))
                 members = frozenset[int]().union(*(piece.members for piece in pieces)) | {value.index}
                 value.pieces[parent] = Piece(pieces[0].dim, pieces[0].indices, total_factor, members)
         if not made:
@@ -288,7 +219,8 @@ class Context:
         """Return a value without a bound; the audit lists the reason."""
         infinite = Bound(math.inf, "upper", "none")
         value = self.value(node, inputs, [math.inf] * len(inputs), Rounding())
-        self.derivations[value.index] = Derivation((), (), infinite, _short(node), reason=reason)
+        found = self.derive(inputs, [infinite] * len(inputs), _short(node))
+        self.derivations[value.index] = replace(found, bound=infinite, reason=reason)
         return value
 
     def derive(
@@ -297,9 +229,8 @@ class Context:
     ) -> Derivation:  # fmt: skip
         """Return the derivation of a bound from those of its sources."""
         parts = [factor * self.bound(source) for factor, source in zip(factors, sources, strict=True)]
-        total = _root(parts) if joint else _total(parts)
         indices = tuple(source.index for source in sources)
-        return Derivation(indices, tuple(factors), total, label, joint, frozenset(members))
+        return Derivation(indices, tuple(factors), (root if joint else total)(parts), label, joint, frozenset(members))
 
     def retire(self, value: Value) -> None:
         """Let go of what only the consumers of a value needed; an unbounded value keeps one way to its bound."""
@@ -324,6 +255,25 @@ class Context:
             like = next(iter(self.graph.weights.values()), torch.zeros(()))
             x.own[anchor] = Representation(identity(layout.size("c"), grid, like), layout)
         return anchor, x.own[anchor]
+
+    def _relabelled(self, x: Value, channel: int, transform: Transform) -> dict[Anchor, Representation]:
+        """Return what `transform` makes of anchors that x is a mere view of, their channels chosen to fit.
+
+        An identity stays one whichever dimension of the anchor is called its channels.
+        """
+        made = {}
+        for (anchor, old), known in {**x.representations, **x.own}.items():
+            if not known.map.identity or len(known.layout.dims[channel]) != 1:
+                continue
+            before = Layout.of(anchor.shape, anchor.node.batch, old).dims
+            new = before.index(known.layout.dims[channel])
+            key, own = self.identity(anchor, new)
+            names = {a: b for one, two in zip(before, own.layout.dims, strict=True) for a, b in zip(one, two, strict=True)}
+            dims = tuple(tuple(names[axis] for axis in dim) for dim in known.layout.dims)
+            found = transform(replace(own, layout=replace(own.layout, dims=dims), members=known.members))
+            if found is not None:
+                made[key] = found
+        return made
 
     def carriers(self, x: Value, channel: int | None) -> dict[Anchor, Representation]:
         """Return the maps that x is known by; x itself is among them if it has several consumers or no map."""
@@ -426,14 +376,12 @@ def propagate(graph: Graph, method: str = "auto", keep: Iterable[str] = ()) -> t
 
     Raises one BoundError that lists all operators without a rule.
     """
-    import lipcert.bounds.rules  # noqa: F401  (registers the rules)
-
     missing = unknown_operators((node.op, node.module, node.source) for node in graph.nodes[1:])
     if missing is not None:
         raise missing
     context = Context(graph, method)
     source = context.value(graph.input, [], [], Rounding())
-    context.derivations[0] = Derivation((), (), Bound(1.0, "upper", "input"), "input")
+    context.derivations[0] = Derivation((), (), Bound(1.0, "upper", ""), "input")
     context.live[graph.input.name] = source
     kept = {name: source for name in keep if name == graph.input.name}
     last = {name: node.name for node in graph.nodes for name in node.inputs}
@@ -450,54 +398,12 @@ def propagate(graph: Graph, method: str = "auto", keep: Iterable[str] = ()) -> t
     return context, kept
 
 
-# --------------------------------------------------------------------------------------------- representations
-
-
-def added(a: Representation, b: Representation) -> Representation | None:
-    """Return a + b, or None if they do not lie in the tensor in the same way."""
-    total = add(a.map, b.map) if a.layout == b.layout else None
-    return None if total is None else Representation(total, a.layout, a.members | b.members)
-
-
-def broadcast(x: Representation, shape: Sequence[int], layouts: Sequence[Layout] = ()) -> Representation | None:
-    """Return x expanded to a shape; only one channel can become many, and only where no other layout has positions."""
-    for dim, size in enumerate(shape):
-        if x.layout.shape[dim] == size:
-            continue
-        others = {layout.dims[dim] for layout in layouts if layout.dims[dim]}
-        if x.layout.shape[dim] != 1 or x.layout.size("c") != 1 or not others <= {("c",)}:
-            return None
-        rows = x.map.rows(torch.zeros(size, dtype=torch.int64, device=x.map.taps.device))
-        if rows is None:
-            return None
-        x = replace(x, map=rows, layout=x.layout.placed(dim, "c", size))
-    return x
-
-
-def _raised(layout: Layout, rank: int) -> Layout:
-    return replace(layout, dims=((),) * (rank - len(layout.dims)) + layout.dims)
-
-
 def _whole(parent: Value, piece: Piece) -> bool:
     return len(piece.indices) == parent.shape[piece.dim]
 
 
 def _common(tables: Sequence[dict]) -> list:
     return [key for key in tables[0] if all(key in table for table in tables[1:])]
-
-
-def _total(parts: Sequence[Bound]) -> Bound:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
-
-
-def _root(parts: Sequence[Bound]) -> Bound:
-    if len(parts) == 1:
-        return parts[0]
-    squares = _total([part * part for part in parts])
-    return replace(squares, value=sqrt_up(squares.value)) if squares.kind == "upper" else squares
 
 
 def _short(node: Node) -> str:

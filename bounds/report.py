@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from lipcert.bounds.core import Bound
 from lipcert.bounds.graph import Node
-from lipcert.bounds.propagation import Context, Derivation
+from lipcert.bounds.propagation import Context
 from lipcert.bounds.rounding import div_up
+from lipcert.bounds.values import Derivation
 
 _WEIGHTED = ("conv", "linear", "addmm", "matmul", "mm", "batch_norm", "layer_norm", "group_norm")
 _SILENT = ("alias", "contiguous", "clone", "detach", "dropout", "view", "reshape", "flatten", "permute", "transpose", "unsqueeze",
@@ -39,7 +40,18 @@ def rows(context: Context, results: Iterable[int]) -> tuple[LayerBound, ...]:
         if index not in found and index in context.derivations:
             found.add(index)
             stack.extend(context.derivations[index].sources)
-    return tuple(_row(context, index, context.derivations[index]) for index in sorted(found) if index)
+    return tuple(
+        _row(context, index, context.derivations[index])
+        for index in sorted(found)
+        if index and not _idle(context, index, context.derivations[index])
+    )
+
+
+def _idle(context: Context, index: int, derivation: Derivation) -> bool:
+    """Return whether a derivation only says that a view changes nothing."""
+    members = derivation.members | {index}
+    exact = len(derivation.factors) == 1 and derivation.factors[0].value == 1.0
+    return exact and all(_short(context.nodes[i]) in _SILENT for i in members)
 
 
 def _row(context: Context, index: int, derivation: Derivation) -> LayerBound:
@@ -47,16 +59,16 @@ def _row(context: Context, index: int, derivation: Derivation) -> LayerBound:
     members = [context.nodes[i] for i in sorted(derivation.members | {index})]
     op = _operators(members, derivation)
     note = f"no bound: {derivation.reason}" if derivation.reason else ""
-    if len(derivation.sources) == 1:
+    if derivation.reason:
+        upper = derivation.bound
+    elif len(derivation.sources) == 1:
         upper = derivation.factors[0]
-    elif derivation.sources:
+    else:
         before = [context.derivations[i].bound.value for i in derivation.sources]
         parts = " + ".join(f"{f.value:.6g}·{b:.6g}" for f, b in zip(derivation.factors, before, strict=True))
         note = f"√ of squares of {parts}" if derivation.joint else f"sum of branches {parts}"
         note += "; upper is relative to the largest branch"
         upper = Bound(div_up(derivation.bound.value, max(before)), "upper", "branches")
-    else:
-        upper = derivation.bound
     shape = tuple(size for d, size in enumerate(node.shape) if d != node.batch)
     return LayerBound(_name(members), op, shape, upper, None, upper.method, derivation.bound.value, note)
 

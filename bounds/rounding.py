@@ -157,7 +157,13 @@ def enlarge(value: Number, roundings: int) -> Number:
     >>> enlarge(1.0, 10) > 1.0 + 10 * 2.0**-53
     True
     """
-    return value * add_up(1.0, gamma(roundings + 1))
+    return value * _factor(roundings + 1)
+
+
+@lru_cache(maxsize=4096)
+def _factor(roundings: int) -> float:
+    """Return 1 + γ_roundings, rounded up."""
+    return add_up(1.0, gamma(roundings))
 
 
 def _checked(x: float) -> float:

@@ -39,6 +39,8 @@ Method = Literal["eigenvalue", "gram"]
 TINY = 2.0**-400  # more than all underflows together can matter, far below the rounding of a norm of 1/2
 MARGIN = 2.0**-36  # relative distance above the best value at which the other blocks are tested; a cost in tightness
 STEPS = 4  # power iterations that choose the next block to verify; only speed depends on them
+LANCZOS = 2.0**-24  # relative residual asked of a Lanczos value, whose error is about the square; also for clusters
+RESTARTS = 40  # after so many a full eigendecomposition is faster
 LARGE = 512  # size from which a Lanczos value and a factorisation are tried before an eigendecomposition
 
 
@@ -55,9 +57,10 @@ def raised(value: Tensor, roundings: int) -> Tensor:
 def frobenius(blocks: Tensor) -> Tensor:
     """Return the Frobenius norm of each block (..., m, n) -> (...), rounded up but for underflow."""
     count = blocks.shape[-2] * blocks.shape[-1]
-    entries = torch.view_as_real(blocks.resolve_conj()).flatten(-3) if blocks.is_complex() else blocks.flatten(-2)
+    entries = torch.view_as_real(blocks.resolve_conj()) if blocks.is_complex() else blocks
+    dims = tuple(range(blocks.ndim - 2, entries.ndim))
     # at most 2·count squares and sums, of which the root halves the number, and the root itself
-    return enlarge(torch.linalg.vector_norm(entries, dim=-1), count + 4)
+    return enlarge(torch.linalg.vector_norm(entries, dim=dims), count + 4)
 
 
 def mixed(blocks: Tensor) -> Tensor:
@@ -127,7 +130,7 @@ def eigenvalue(gram: Tensor, error: Tensor) -> Tensor:
     simple = cheap(gram)
     try:
         vectors = torch.linalg.eigh(gram)[1]
-    except torch.linalg.LinAlgError:  # LAPACK gave up: nothing proposed
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # LAPACK gave up: nothing proposed
         vectors = torch.zeros_like(gram)
     left = vectors.mH @ gram
     identity = torch.eye(size, dtype=gram.dtype, device=gram.device)
@@ -145,19 +148,21 @@ def eigenvalue(gram: Tensor, error: Tensor) -> Tensor:
 def factorised(gram: Tensor, error: Tensor, shift: float) -> Tensor:
     """Bound λ_max(G) for each exact Hermitian G within `error` of `gram`, by factorising shift·I - gram, (b,).
 
-    Let Ĝ be `gram`, A = fl(shift·I - Ĝ) and L any matrix, here the Cholesky factor that LAPACK proposes. Write
-    A = LL* + E. LL* is positive semidefinite, so for every unit vector x
+    Let Ĝ be `gram`, A = fl(shift·I - Ĝ) and U any matrix, here the Cholesky factor that LAPACK proposes. Write
+    A = U*U + E. U*U is positive semidefinite, so for every unit vector x
 
-        x*Gx ≤ Re x*Ĝx + error ≤ shift - ‖L*x‖² - Re x*(E + D)x + error ≤ shift + ‖E‖ + ‖D‖ + error,
+        x*Gx ≤ Re x*Ĝx + error ≤ shift - ‖Ux‖² - Re x*(E + D)x + error ≤ shift + ‖E‖ + ‖D‖ + error,
 
     where D, the rounding of the diagonal of A, has ‖D‖ ≤ 2u max|A_ii|; and by (1)
-    ‖E‖ ≤ ‖fl(A - fl(LL*))‖_F (1 + 2u) + γ‖L‖_F². The result is ∞ where no factor was found. It costs a tenth of an
+    ‖E‖ ≤ ‖fl(A - fl(U*U))‖_F (1 + 2u) + γ‖U‖_F². The result is ∞ where no factor was found. It costs a tenth of an
     eigendecomposition, and unlike the usual theorem on Cholesky (Rump 2006) needs no assumption on the factorisation.
     """
     shifted = -gram
     shifted.diagonal(dim1=-2, dim2=-1).add_(shift)
-    factor, info = torch.linalg.cholesky_ex(shifted)
-    residual = frobenius(shifted - factor @ factor.mH)
+    factor, info = torch.linalg.cholesky_ex(shifted, upper=True)  # upper saves torch a transposition
+    if info.all():
+        return torch.full_like(error, torch.inf)
+    residual = frobenius(shifted - factor.mH @ factor)
     rounding = product_gamma(gram, gram.shape[-1]) * frobenius(factor).square()
     diagonal = 2.0 * UNIT["float64"] * shifted.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
     proved = raised(shift + residual + rounding + diagonal + error, 8)
@@ -170,12 +175,14 @@ def verified(gram: Tensor, error: Tensor) -> Tensor:
         matrix = gram[0].numpy(force=True)
         try:
             start = matrix.diagonal().copy()
-            value = scipy.sparse.linalg.eigsh(matrix, 1, which="LA", v0=start, tol=MARGIN, return_eigenvectors=False)[0]
-            proved = factorised(gram, error, float(value) * (1.0 + 4.0 * MARGIN))
+            options = {"tol": LANCZOS, "maxiter": RESTARTS, "return_eigenvectors": False}
+            value = float(scipy.sparse.linalg.eigsh(matrix, 1, which="LA", v0=start, **options)[0])
         except scipy.sparse.linalg.ArpackError:  # nothing proposed
             return eigenvalue(gram, error)
-        if proved.isfinite().all():
-            return proved
+        for margin in (4.0 * MARGIN, 32.0 * MARGIN):
+            proved = factorised(gram, error, value * (1.0 + margin))
+            if proved.isfinite().all():
+                return proved
     return eigenvalue(gram, error)
 
 
@@ -186,27 +193,32 @@ def largest_squared(blocks: Tensor, method: Method, iterations: int = 14, found:
     verified fully, the others are only shown to lie below it (by `factorised`); those that do not, come again.
     """
     gram, error = small_gram(blocks)
-    simple = raised(cheap(gram) + error, 1)
+    simple = raised(frobenius(gram) + error, 1)
     attained = gram.diagonal(dim1=-2, dim2=-1).real.amax()  # at most the largest norm, up to rounding
     largest = float(simple.max())
     if largest <= max(found, float(attained) * (1.0 + MARGIN)):
-        return max(found, largest)  # one row, or scaled permutations: the cheap bound is the norm
+        return max(found, largest)  # of rank one, where the cheap bound is the norm, or smaller than what is found
     pending = torch.nonzero(simple > found).flatten()
     if method == "gram":
-        proved = torch.minimum(gram_iteration(blocks[pending], iterations).square(), simple[pending])
+        proved = torch.minimum(gram_iteration(_rows(blocks, pending), iterations).square(), simple[pending])
         return max(found, float(enlarge(proved, 1).max()))
     tolerance = 2.0 * MARGIN + 2.0 * product_gamma(gram, max(blocks.shape[-2:])) * gram.shape[-1]
     while len(pending):
-        best = pending[_rayleigh(gram[pending]).argmax()][None]
+        best = pending[_rayleigh(_rows(gram, pending)).argmax()][None]
         proved = torch.minimum(verified(gram[best], error[best]), simple[best])
         found = max(found, float(proved))
         pending = pending[(pending != best) & (simple[pending] > found)]
         if len(pending):
-            below = factorised(gram[pending], error[pending], found * (1.0 + MARGIN))
+            below = factorised(_rows(gram, pending), error[pending], found * (1.0 + MARGIN))
             passed = below <= found * (1.0 + tolerance)
             found = max(found, float(torch.where(passed, below, 0.0).max()))
             pending = pending[~passed]
     return found
+
+
+def _rows(blocks: Tensor, index: Tensor) -> Tensor:
+    """Return the blocks of this index, without a copy where these are all."""
+    return blocks if len(index) == len(blocks) else blocks[index]
 
 
 def _rayleigh(gram: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lipcert.bounds.core import BoundError
 from lipcert.bounds.functional import functional, is_inplace, module_path, out_of_place, source_line
 from lipcert.bounds.graph import BatchConstant, BatchSize, Graph, Node, Ref, call, leaves, refs
+from lipcert.bounds.simplify import pruned
 
 Example = tuple[int, ...]
 _SHAPE_ONLY = {f"aten.{name}.default" for name in ("zeros_like", "ones_like", "full_like", "empty_like")} | {
@@ -140,9 +141,8 @@ class _Builder:
         args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: self.environment[n])
         if node.target is operator.getitem:
             return self._item(node, *args)
-        target, arguments = node.target, _bind(node.target, args, kwargs)
-        if is_inplace(node):
-            target = out_of_place(target)
+        target = out_of_place(node.target) if is_inplace(node) else node.target
+        arguments = _bind(target, args, kwargs)
         data = list(refs(list(arguments.values())))
         if str(target) in _SHAPE_ONLY or not data:
             result: Any = self._fold(node, target, arguments)
@@ -269,14 +269,8 @@ class _Builder:
                 f"the model must return one tensor that depends on its input; it returns {len(results)} values. "
                 "Wrap it in a module that picks one"
             )
-        needed, stack = {next(iter(self.nodes))}, [results[0].name]
-        while stack:
-            name = stack.pop()
-            if name not in needed:
-                needed.add(name)
-                stack.extend(self.nodes[name].inputs)
-        nodes = tuple(n for n in self.nodes.values() if n.name in needed)
-        return Graph(nodes, results[0].name, MappingProxyType(self.weights), self.symbol is not None)
+        graph = Graph(tuple(self.nodes.values()), results[0].name, MappingProxyType(self.weights), self.symbol is not None)
+        return pruned(graph)
 
 
 def _bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, fields
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -108,20 +109,22 @@ def rows_of_batches(
     if precision not in PRECISIONS:
         raise InputError(f"unknown precision {precision!r}; certificates are about {' or '.join(PRECISIONS)}")
     if not math.isfinite(audit.upper.require_upper()):
-        reasons = "; ".join(str(reason) for reason in audit.unbounded[:3])
+        reasons = "; ".join(f"{name}: {reason}" for name, _, reason in audit.unbounded[:3])
         raise InputError(f"the network has no finite Lipschitz bound, so nothing can be certified: {reasons}")
+    pairwise = audit.pairwise()
     largest = diameter(audit.domain, audit.input_shape)
-    pairwise = None
     for images, labels in batches:
         start = time.perf_counter()
         _check(images, audit)
         with exact():
             logits, error = audit.program.evaluate(images.double())
-            if pairwise is None:
-                pairwise = pairwise_bounds(audit, logits.shape[1])
             predict, radius, margin = radii_from_margins(logits, error, pairwise, largest=largest)
             if precision == "float32":
-                error = _deployed_error(audit, images, error, radius)
+                # What the float32 program may be off grows with the distance from the image. Taken at the radius that
+                # holds in real arithmetic, it bounds the error in every smaller ball, and the radius of the float32
+                # program is smaller: so one step is a proof.
+                reach = float(radius.max(initial=0.0))
+                logits, error = audit.program.evaluate(images.double(), precision="float32", radius=reach)
                 predict, radius, margin = radii_from_margins(logits, error, pairwise, largest=largest)
         if int(labels.max()) >= len(pairwise):
             raise InputError(f"there is a label {int(labels.max())}, but the network has {len(pairwise)} classes")
@@ -153,7 +156,8 @@ def certify(
     Raises InputError for images outside the domain or of another shape, and for a network without a finite bound;
     lipcert.bounds.BoundError for a network that cannot be bounded at all.
     """
-    batches = iter(loader)
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    batches: Iterator[tuple[Tensor, Tensor]] = ((images.to(device), labels) for images, labels in loader)
     if audit is None:
         from lipcert.bounds.audit import audit as prove
         from lipcert.export import export
@@ -161,7 +165,7 @@ def certify(
         head = next(batches, None)
         if head is None:
             raise InputError("there are no images to certify")
-        batches = _chain(head, batches)
+        batches = chain([head], batches)
         audit = prove(export(model), tuple(head[0].shape[1:]), domain=domain)
     rows = frame(row for batch in rows_of_batches(audit, batches, precision=precision) for row in batch)
     rows.attrs["summary"] = summarise(rows, radii)
@@ -215,24 +219,6 @@ def diameter(domain: tuple[float, float], shape: Sequence[int]) -> float:
     return (high - low) * math.sqrt(math.prod(shape)) * (1 + 2.0**-50)
 
 
-def pairwise_bounds(audit: Audit, classes: int) -> Tensor:
-    """Return upper bounds (k, k) of the Lipschitz constants of z_i − z_j: √2·L, or less if the last layer is known."""
-    whole = math.sqrt(2.0) * audit.upper.require_upper() * (1 + 2.0**-50)
-    pairwise = torch.full((classes, classes), whole, dtype=torch.float64).fill_diagonal_(0.0)
-    return pairwise if audit.head is None else torch.minimum(pairwise, audit.head.pairwise().cpu())
-
-
-def _deployed_error(audit: Audit, images: Tensor, error: Tensor, radius: NDArray[np.float64]) -> Tensor:
-    """Add what the float32 program may be off at any point of the balls.
-
-    That error grows with the distance from the image. Taken at the radius that holds in real arithmetic, it bounds the
-    error in every smaller ball, and the radius of the float32 program is smaller: so one step is a proof.
-    """
-    reach = float(radius.max(initial=0.0))
-    _, deployed = audit.program.evaluate(images.double(), precision="float32", radius=reach)
-    return torch.nextafter(error + deployed, torch.full_like(error, math.inf))
-
-
 def _check(images: Tensor, audit: Audit) -> None:
     if tuple(images.shape[1:]) != tuple(audit.input_shape):
         raise InputError(
@@ -241,8 +227,3 @@ def _check(images: Tensor, audit: Audit) -> None:
     low, high = audit.domain
     if not ((images >= low) & (images <= high)).all():
         raise InputError(f"the bound holds for inputs in [{low}, {high}], and some images lie outside; scale them")
-
-
-def _chain(head: tuple[Tensor, Tensor], rest: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    yield head
-    yield from rest

@@ -78,7 +78,8 @@ def from_file(path: str | Path, factory: str) -> nn.Module:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{path}:{factory} failed with {type(error).__name__}: {error} (--debug shows where)") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path}:{factory} failed with {reason} (--debug shows where)") from error
     finally:
         sys.path.remove(str(path.parent))
     if not isinstance(network, nn.Module):

@@ -57,34 +57,35 @@ def exact() -> Iterator[MappingProxyType[str, bool]]:
 
 
 def _without_reduced_precision(stack: ExitStack) -> None:
-    """Set every float32 precision to "ieee", and with it the legacy flags where these can be read.
+    """Set every float32 precision to "ieee", and the legacy flags with it.
 
-    PyTorch refuses to read a legacy flag that disagrees with the newer setting, so the two are changed together; where
-    a user has already mixed them, the legacy flag cannot be read and the newer setting alone decides.
+    PyTorch refuses to read a legacy flag that disagrees with the newer settings, so they are changed together. The
+    setters of the legacy flags overwrite newer settings, which therefore come back after them.
     """
     get, put = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
-    cudnn = _readable(lambda: torch.backends.cudnn.allow_tf32)
     matmul = _readable(torch.get_float32_matmul_precision)
     products = [(backend, "matmul", get(backend, "matmul")) for backend in ("cuda", "mkldnn")]
+    convolutions = [("cuda", operation, get("cuda", operation)) for operation in ("conv", "rnn")]
     for backend, operation in _PRECISIONS:
         before = get(backend, operation)
         if before != "ieee":
             put(backend, operation, "ieee")
             stack.callback(put, backend, operation, before)
-    if cudnn:
+    if _readable(lambda: torch.backends.cudnn.allow_tf32) is None:  # it disagrees with "ieee", so it is on
+        for setting in convolutions:
+            stack.callback(put, *setting)
         _set(stack, torch.backends.cudnn, "allow_tf32", False, before=True)
     if matmul not in (None, "highest"):
-        torch.set_float32_matmul_precision("highest")
-        for setting in products:  # the legacy setter overwrites both, so they come back after it
+        for setting in products:
             stack.callback(put, *setting)
+        torch.set_float32_matmul_precision("highest")
         stack.callback(torch.set_float32_matmul_precision, matmul)
 
 
 def _deterministic(stack: ExitStack) -> None:
     mode = torch.get_deterministic_debug_mode()
     stack.callback(torch.set_deterministic_debug_mode, mode)
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    _set(stack, torch.utils.deterministic, "fill_uninitialized_memory", False, before=fill)
+    _set(stack, torch.utils.deterministic, "fill_uninitialized_memory", False)
     # Warn only: cuBLAS is deterministic on a single stream, but says otherwise unless an environment variable is set.
     stack.enter_context(warnings.catch_warnings())
     warnings.filterwarnings("ignore", message=".*[Dd]eterministic.*", category=UserWarning)

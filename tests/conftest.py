@@ -37,8 +37,9 @@ def _untrained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("untrained") / "run"
     torch.manual_seed(0)
     sizes = {"embed_dim": 16, "depths": [1], "neck": 32}
-    recipe = {"model": "lipshift_tiny", "num_classes": 10, "img_size": 8, "in_chans": 1, "data": "digits", "kwargs": sizes}
-    save_model(create_model("lipshift_tiny", num_classes=10, img_size=8, in_chans=1, **sizes), folder / "model", recipe)
+    shape = {"num_classes": 10, "img_size": 8, "in_chans": 1}
+    recipe = {"model": "lipshift_tiny", "data": "digits", "kwargs": sizes, **shape}
+    save_model(create_model("lipshift_tiny", **shape, **sizes), folder / "model", recipe)
     (folder / "config.yaml").write_text(to_yaml(TrainConfig(model="lipshift_tiny", data="digits", model_args=sizes)))
     return folder
 
@@ -51,7 +52,7 @@ def run_folder(_untrained_run: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def torchvision():
-    """torchvision, or a skip where it cannot be imported for whatever reason (RuntimeError: built for another torch)."""
+    """torchvision, or a skip where it cannot be imported (RuntimeError: it was built for another torch)."""
     try:
         import torchvision
     except (ImportError, RuntimeError) as error:

@@ -38,6 +38,7 @@ SETTINGS = {
     "legacy matmul on": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
     "legacy matmul medium": lambda: torch.set_float32_matmul_precision("medium"),
     "new matmul on": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "new everything off": lambda: _generic("ieee"),
     "new conv off": lambda: setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee"),
     "new everything on": lambda: _generic("tf32"),
     "deterministic already": lambda: torch.use_deterministic_algorithms(True),
@@ -70,9 +71,11 @@ def test_everything_is_off_inside_and_back_outside(setting, restored):
     assert _state() == before
 
 
-@pytest.mark.parametrize("setting", ["default", "legacy matmul on", "legacy matmul medium", "new everything on"])
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_legacy_flags_can_be_read_inside(setting, restored):
     SETTINGS[setting]()
+    with exact(), torch.backends.cudnn.flags(enabled=False):  # which reads and sets them
+        pass
     with exact():
         assert torch.backends.cudnn.allow_tf32 is False
         assert torch.backends.cuda.matmul.allow_tf32 is False

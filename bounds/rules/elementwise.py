@@ -16,8 +16,9 @@ from torch import Tensor
 
 from lipcert.bounds.core import Bound, BoundError, rule
 from lipcert.bounds.graph import Node, Ref
-from lipcert.bounds.propagation import ONE, Context, Representation, Rounding, Value, broadcast
+from lipcert.bounds.propagation import Context
 from lipcert.bounds.rounding import enlarge, mul_up, sqrt_up, up
+from lipcert.bounds.values import ONE, Representation, Rounding, Value, broadcast
 
 EXACT = Rounding()
 LIBRARY = Rounding(inputs=((64, 1.0),), output=64, operations=8)

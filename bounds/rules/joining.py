@@ -15,9 +15,10 @@ import torch
 from lipcert.bounds.affine import compose, stack
 from lipcert.bounds.core import Bound, BoundError, rule
 from lipcert.bounds.graph import BatchConstant, Node, Ref
-from lipcert.bounds.propagation import ONE, Anchor, Context, Representation, Value, added, broadcast
+from lipcert.bounds.propagation import Context
 from lipcert.bounds.rounding import sqrt_up
 from lipcert.bounds.rules.shape import isometry, shift
+from lipcert.bounds.values import ONE, Anchor, Representation, Value, added, broadcast
 
 
 @rule("aten.cat.default", "aten.concat.default", "aten.stack.default")

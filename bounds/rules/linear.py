@@ -22,8 +22,9 @@ from lipcert.bounds.core import BoundError, rule
 from lipcert.bounds.graph import Node, Ref
 from lipcert.bounds.layout import Layout
 from lipcert.bounds.matrix import spectral_norm_upper
-from lipcert.bounds.propagation import Context, Representation, Rounding, Value
+from lipcert.bounds.propagation import Context
 from lipcert.bounds.rounding import div_up, enlarge, mul_up, sqrt_up
+from lipcert.bounds.values import Representation, Rounding, Value
 
 
 @rule(

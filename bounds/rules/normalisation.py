@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lipcert.bounds.core import Bound, BoundError, rule
 from lipcert.bounds.graph import Node, Ref
-from lipcert.bounds.propagation import Context, Rounding, Value
+from lipcert.bounds.propagation import Context
 from lipcert.bounds.rounding import div_up, enlarge, mul_up, sqrt_up
 from lipcert.bounds.rules.elementwise import scale
+from lipcert.bounds.values import Rounding, Value
 
 
 @rule("aten.batch_norm.default", "aten._native_batch_norm_legit_no_training.default")

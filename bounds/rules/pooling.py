@@ -22,8 +22,9 @@ from lipcert.bounds.core import Bound, BoundError, rule
 from lipcert.bounds.graph import Node
 from lipcert.bounds.layout import Layout
 from lipcert.bounds.matrix import spectral_norm_upper
-from lipcert.bounds.propagation import ONE, Context, Representation, Rounding, Value
+from lipcert.bounds.propagation import Context
 from lipcert.bounds.rounding import div_up, sqrt_up
+from lipcert.bounds.values import ONE, Representation, Rounding, Value
 
 
 @rule("aten.mean.dim", "aten.sum.dim_IntList")

@@ -6,8 +6,9 @@ import math
 
 from lipcert.bounds.core import Bound, BoundError, rule
 from lipcert.bounds.graph import Node
-from lipcert.bounds.propagation import ONE, Context, Rounding, Value
+from lipcert.bounds.propagation import Context
 from lipcert.bounds.rounding import sqrt_up
+from lipcert.bounds.values import ONE, Rounding, Value
 
 
 @rule("aten.linalg_vector_norm.default", "aten.norm.ScalarOpt_dim", "aten.norm.ScalarOpt_dim_dtype")

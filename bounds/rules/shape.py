@@ -19,8 +19,9 @@ from lipcert.bounds.affine import AffineMap, compose, identity
 from lipcert.bounds.core import Bound, BoundError, rule
 from lipcert.bounds.graph import Node, Ref
 from lipcert.bounds.layout import Layout
-from lipcert.bounds.propagation import ONE, Context, Piece, Representation, Transform, Value
+from lipcert.bounds.propagation import Context
 from lipcert.bounds.rounding import sqrt_up
+from lipcert.bounds.values import ONE, Piece, Representation, Transform, Value
 
 
 @rule("aten.alias.default", "aten.contiguous.default", "aten.clone.default", "aten.detach.default", "aten.detach_.default",

@@ -154,8 +154,8 @@ def _attack(subject: Subject, ensemble: Ensemble, record: _Record, batch_size: i
     path, n = subject.folder / ROWS, len(subject.dataset)
     present = len(read_rows(path, COLUMNS))
     if present:
-        stored = read_json(record.path)[0] if record.path.exists() else None
-        refuse_other(path, record.path, None if stored is None else differences(record.facts, stored))
+        stored = read_json(record.path)[0] if record.path.exists() else {}
+        refuse_other(path, record.path, differences(record.facts, stored) if stored else None)
         record.seconds, record.notes = stored["seconds"], stored["notes"]
     if present >= n * len(record.eps):
         note(f"{path} holds these attacks already; nothing was computed")

@@ -107,10 +107,11 @@ def _certify(subject: Subject, proof: Audit, certificate: Certificate, first: in
     from lipcert.data import loader
 
     batches = loader(subject.dataset, batch_size, start_batch=first // batch_size)
+    placed = ((images.to(subject.device), labels) for images, labels in batches)
     with progress(first, certificate.n, "certifying") as advance:
         if first == certificate.n:
             return
-        for rows in rows_of_batches(proof, batches, precision=certificate.precision, first=first):
+        for rows in rows_of_batches(proof, placed, precision=certificate.precision, first=first):
             write(subject.folder, rows)
             advance(len(rows))
 

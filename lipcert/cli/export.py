@@ -68,7 +68,7 @@ def command(model: str, file: Path, input_shape: tuple[int, ...] | None, precisi
         expected = network(inputs)
         difference = float((again - expected).abs().max() / expected.abs().max())
     if not difference <= _TOLERANCE[precision]:
-        raise RuntimeError(f"the {file.suffix} program differs from the network by {difference:.2g}; nothing was written")
+        raise RuntimeError(f"the {file.suffix} program differs from the network by {difference:.2g}; not written")
     write_bytes(file, content)
     note(f"wrote {file}: {resolved.name}, inputs {precision} (batch, {', '.join(map(str, shape))})")
 
@@ -91,7 +91,8 @@ def _onnx(program: torch.export.ExportedProgram, inputs: Tensor) -> tuple[bytes,
         import onnx.reference
         import onnxscript  # noqa: F401  torch.onnx imports it late and says less
     except ImportError as error:
-        raise InputError(f"ONNX files need {(error.name or 'onnx').partition('.')[0]}; run: pip install 'lipcert[onnx]'") from error
+        missing = (error.name or "onnx").partition(".")[0]
+        raise InputError(f"ONNX files need {missing}; run: pip install 'lipcert[onnx]'") from error
     exported = torch.onnx.export(program, dynamo=True, verbose=False)
     if exported is None:
         raise RuntimeError("torch.onnx.export gave no program")

@@ -76,7 +76,7 @@ def _summary(record: dict[str, Any]) -> tuple[str, ...]:
         "-" if record["clean"] is None else f"{100 * record['clean']:.2f} %",
         "-" if record["acr"] is None else f"{record['acr']:.4f}",
         "-" if record["upper"] is None else wording.upper(record["upper"]),
-        "not attacked" if found is None else f"{found:.0f}" if found else f"none in {record['attacked']:.0f}",
+        "not checked" if found is None else f"{found:.0f}" if found else f"none in {record['checked']:.0f}",
     )
 
 

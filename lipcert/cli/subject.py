@@ -44,7 +44,7 @@ class Subject:
     network: nn.Module
     name: str
     dataset: Dataset
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]  # of one image
     folder: Path
     device: torch.device
 
@@ -75,8 +75,10 @@ def load_subject(
 
     place = select_device(device)
     source = None if data is None else datasets.info(data)
-    known = {} if source is None else {"num_classes": source.num_classes, "input_shape": _shape(source)}
-    resolved = resolve_model(model, seed=seed, **known)
+    if source is None:
+        resolved = resolve_model(model, seed=seed)
+    else:
+        resolved = resolve_model(model, num_classes=source.num_classes, input_shape=_shape(source), seed=seed)
     data = data or resolved.config.get("data")
     if data is None:
         raise InputError(f"nothing says which images to use with {model}; name a data set with --data")
@@ -99,7 +101,6 @@ def load_subject(
         data_root,
         split,
         val_fraction=None if config is None else config.val_fraction,
-        seed=0 if config is None else config.seed,
         img_size=wanted[-1] if source.resizes else None,
     ).first(limit)
     network = export(resolved.model).to(place)

@@ -13,12 +13,18 @@ _TIE = 1e-3  # nearer than this to another class, float32 may decide otherwise t
 
 def disagreements(run: Run) -> tuple[str, ...]:
     """Return one sentence for each pair of files that contradict each other."""
-    return (*_summary(run), *_images(run), *_attacks(run), *_weights(run))
+    return (*_summary(run), *_unfinished(run), *_images(run), *_attacks(run), *_weights(run))
 
 
 def _summary(run: Run) -> Iterator[str]:
     if run.rows is not None and run.summary.get("n") is not None and not summary_agrees(run):
         yield "summary.json does not agree with certificates.tsv; the report counts the rows (lipcert certify --resume)"
+
+
+def _unfinished(run: Run) -> Iterator[str]:
+    asked = run.certificate.get("n")
+    if run.rows is not None and isinstance(asked, int) and len(run.rows) < asked:
+        yield f"certificates.tsv has the first {len(run.rows)} of {asked} images (lipcert certify --resume)"
 
 
 def _images(run: Run) -> Iterator[str]:
@@ -49,9 +55,12 @@ def _attacks(run: Run) -> Iterator[str]:
 
 
 def _weights(run: Run) -> Iterator[str]:
-    hashes = {run.bound.get("weights_sha256"), run.certificate.get("weights_sha256")} - {None}
-    if len(hashes) > 1:
-        yield "bound.json and certificate.json are about different weights (weights_sha256)"
+    files = {"certificate.json": run.certificate, "bound.json": run.bound}
+    if run.attacks:
+        files["attacks.json"] = run.attacks[0]
+    hashes = {name: entry["weights_sha256"] for name, entry in files.items() if entry.get("weights_sha256")}
+    if len(set(hashes.values())) > 1:
+        yield f"{' and '.join(hashes)} are not all about the same weights (weights_sha256)"
 
 
 def summary_agrees(run: Run) -> bool:

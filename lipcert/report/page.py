@@ -93,6 +93,7 @@ def build(runs: Sequence[Run]) -> Report:
         guarantee=_guarantee(runs),
         todo=_todo(runs),
         colours=drawing.COLOURS,
+        notes=sorted({note for run in runs for entry in run.attacks for note in _notes(entry)}),
         tail=_tail(curves, figures.right_end(curves, attacks)),
     )
     return Report(html, shown, {name: frame for name, frame in frames.items() if len(frame)}, findings)
@@ -126,6 +127,11 @@ def _findings(runs: Sequence[Run], headline: pandas.DataFrame) -> list[str]:
                 f"{row['upper']:.17g} that is called proved."
             )
     return found
+
+
+def _notes(attack: Mapping[str, Any]) -> list[str]:
+    notes = attack.get("notes")
+    return [str(note) for note in notes] if isinstance(notes, list) else []
 
 
 def _published(run: Run) -> dict[str, Any] | None:
@@ -165,7 +171,8 @@ def _todo(runs: Sequence[Run]) -> dict[str, list[str]]:
     commands: dict[str, list[str]] = {"certify": [], "attack": [], "bound": [], "train": []}
     for run in (run for run in runs if not run.is_log):
         folder, data = shlex.quote(str(run.path)), shlex.quote(run.data_name or "NAME")
-        if run.rows is None or run.mark or not summary_agrees(run):
+        asked = run.certificate.get("n")
+        if run.rows is None or run.mark or not summary_agrees(run) or len(run.rows) != (asked or len(run.rows)):
             resume = " --resume" if run.rows is not None else ""
             commands["certify"].append(f"lipcert certify {folder} --data {data}{resume}")
         if run.attacked is None and not run.attacks:

@@ -41,7 +41,8 @@ _FILES = (
 class Run:
     """Hold what one folder or log says. `mark` is empty where certificate.json backs the rows, else what they are.
 
-    The JSON files are as read, but numbers are floats or None ("inf" is infinity).
+    The JSON files are as read, but numbers are floats or None ("inf" is infinity). `bound` is bound.json, or without it
+    the audit that certificate.json rests on. An attack that has no rows yet is left out of `attacks`.
     """
 
     path: Path
@@ -113,7 +114,9 @@ def _read_folder(path: Path) -> Run:
     summary = _read_object(path / "summary.json")
     _numbers(path / "summary.json", summary, "n", "clean", "acr", "upper", "lower", "seconds")
     summary["certified"] = _certified(path / "summary.json", summary.get("certified") or {})
-    attacks = tuple(_attack(path / "attacks.json", entry) for entry in _read_list(path / "attacks.json"))
+    attacks = [_attack(path / "attacks.json", entry) for entry in _read_list(path / "attacks.json")]
+    audited = path / ("bound.json" if (path / "bound.json").is_file() else "certificate.json")
+    bound = _read_object(audited) if audited.name == "bound.json" else certificate.get("audit") or {}
     rows = _read_rows(path / "certificates.tsv") if (path / "certificates.tsv").is_file() else None
     return Run(
         path=path,
@@ -124,8 +127,8 @@ def _read_folder(path: Path) -> Run:
         model=_read_object(path / "model" / "config.json"),
         certificate=certificate,
         summary=summary,
-        bound=_read_bound(path / "bound.json"),
-        attacks=attacks,
+        bound=_check_bound(audited, bound),
+        attacks=tuple(entry for entry in attacks if entry["n"]),
         rows=rows,
         attacked=_read_attacked(path / "attacks.tsv"),
         metrics=_read_metrics(path / "metrics.csv"),
@@ -165,8 +168,9 @@ def _refuse_repeats(path: Path, rows: pandas.DataFrame, key: list[str]) -> None:
         raise damaged(path, int(repeated.iloc[0]), key[-1], "this image appears twice")
 
 
-def _read_bound(path: Path) -> dict[str, Any]:
-    bound = _read_object(path)
+def _check_bound(path: Path, bound: Any) -> dict[str, Any]:
+    if not isinstance(bound, dict):
+        raise InputError(f"{path}: 'audit' is not an object; write it anew with lipcert certify")
     if "features" in bound:
         _numbers(path, bound, "features")
     _numbers(path, bound, "upper", "lower", "estimate", "seconds")

@@ -35,10 +35,12 @@ def curves(runs: Sequence[Run]) -> pandas.DataFrame:
 def attacks(runs: Sequence[Run]) -> pandas.DataFrame:
     """Return one row per run and perturbation size that was attacked.
 
-    `certified` counts the same images as `robust` (NaN unless each of them has a certificate). `idx` lists the
-    contradictions: those that the attack reported, and those that its rows and the certificates give now.
+    `certified` counts the same images as `robust` (NaN unless each of them has a certificate). `checked` is the number
+    of images whose attack was compared with a certificate; `idx` lists the contradictions among them: those that the
+    attack reported, and those that its rows and the certificates give now.
     """
-    columns = ["run", "eps", "n", "clean", "robust", "certified", "gap", "contradictions", "idx", "version", "seconds"]
+    columns = ["run", "eps", "n", "clean", "robust", "certified", "gap", "checked", "contradictions", "idx", "version"]
+    columns.append("seconds")
     frame = pandas.DataFrame([row for run in runs for row in _attack_rows(run)], columns=columns)
     return _numeric(frame, text=("run", "idx", "version"))
 
@@ -58,13 +60,14 @@ def _attack_rows(run: Run) -> Iterator[dict[str, Any]]:
             "clean": float(right.mean()),
             "robust": float((right & (rows["success"] == 0)).mean()),
             "contradictions": [],
-            "version": "unfinished",
+            "version": "unknown",
         }
         found = set()
         if run.rows is not None:
             same = run.rows[run.rows["idx"].isin(rows["idx"])]
             if len(same) == len(rows):
                 row["certified"] = accuracy.certified_accuracy(same, eps)
+            row["checked"] = len(same)
             found = set(accuracy.contradictions(run.rows, rows))
         yield _finish(run, row, summary, found)
     for summary in summaries:  # what has no rows any more is shown as the attack reported it
@@ -75,7 +78,9 @@ def _attack_rows(run: Run) -> Iterator[dict[str, Any]]:
 def _finish(run: Run, row: dict[str, Any], summary: Mapping[str, Any] | None, found: set[int]) -> dict[str, Any]:
     if summary is not None:
         found = found | set(summary["contradictions"])
-        row["version"] = summary.get("version")
+        row["version"] = ", ".join(summary.get("attacks") or ()) or summary.get("version")
+        if "checked" not in row and summary.get("compared", True):
+            row["checked"] = summary["n"]
         row["seconds"] = summary.get("seconds")
     row["gap"] = row["robust"] - row.get("certified", math.nan)
     return {"run": run.label, **row, "contradictions": len(found), "idx": " ".join(map(str, sorted(found)))}
@@ -87,7 +92,7 @@ def headline(runs: Sequence[Run]) -> pandas.DataFrame:
     The columns `certified@…` are the radii of `radius_keys`, `robust@…` the perturbation sizes attacked. `upper` is the
     proved bound, `lower` the best one attained by inputs, both of the logits. Training estimates the constant of the
     features before the head: `features` is its proved bound, `estimate` the estimate, `ratio` the one over the other.
-    `attacked` is the number of different images attacked; `contradictions` is NaN where there is none to look at.
+    `checked` is the largest number of images whose attack was compared with a certificate, at one perturbation size.
     """
     attacked = attacks(runs)
     frame = pandas.DataFrame([_headline_row(run, radius_keys(runs), attacked) for run in runs])
@@ -116,11 +121,9 @@ def _headline_row(run: Run, keys: Sequence[str], attacked: pandas.DataFrame) -> 
     for eps in sorted(set(attacked["eps"])):
         robust = mine.loc[mine["eps"] == eps, "robust"]
         row[f"robust@{eps:.4f}"] = float(robust.iloc[0]) if len(robust) else None
-    row["attacked"] = None
-    if len(mine):
-        row["attacked"] = float(mine["n"].max()) if run.attacked is None else run.attacked["idx"].nunique()
     found = sorted({int(idx) for cell in mine["idx"] for idx in cell.split()})
-    row["contradictions"] = len(found) if len(mine) and (rows is not None or run.attacks) else None
+    row["checked"] = max(mine["checked"].dropna(), default=None)
+    row["contradictions"] = len(found) if found or row["checked"] else None
     row["idx"] = " ".join(map(str, found))
     return row
 
@@ -170,7 +173,7 @@ def _facts(run: Run) -> Iterator[tuple[str, str, str]]:
     for fact, value in _flat(run.model):
         yield "Model", fact, value
     bound = {key: run.bound.get(key) for key in ("weights_sha256", "input", "norm") if run.bound.get(key) is not None}
-    proved = {**bound, **run.certificate}
+    proved = {**bound, **{key: value for key, value in run.certificate.items() if key != "audit"}}
     proved.update({key: run.summary[key] for key in ("precision", "tf32") if run.summary.get(key) is not None})
     for fact, value in _flat(proved):
         yield "Certificate", fact, value
@@ -203,7 +206,7 @@ def _numeric(frame: pandas.DataFrame, text: Sequence[str]) -> pandas.DataFrame:
 
 def csv(frame: pandas.DataFrame) -> bytes:
     """Return the frame as CSV: floats so that they read back equal, counts without a decimal point."""
-    counts = [name for name in ("n", "attacked", "contradictions") if name in frame.columns]
+    counts = [name for name in ("n", "checked", "contradictions") if name in frame.columns]
     return frame.astype(dict.fromkeys(counts, "Int64")).to_csv(index=False, lineterminator="\n").encode()
 
 

@@ -85,7 +85,7 @@ def attacks(frame: pandas.DataFrame, runs: Sequence[Run]) -> View:
         ("Robust", _number("robust", wording.percent)),
         ("Certified, same images", _number("certified", wording.percent)),
         ("Undecided", _number("gap", wording.percent)),
-        ("Contradictions", lambda row: _contradictions({**row, "attacked": row["n"]})),
+        ("Contradictions", _contradictions),
         ("Version", _text("version")),
         ("Time", _number("seconds", wording.duration)),
     ]
@@ -100,7 +100,7 @@ def layers(frame: pandas.DataFrame) -> View:
         value = row["share"]
         if math.isnan(value):
             return Cell(wording.MISSING, css="number")
-        text = f"{100 * value:+.1f} %".replace("-", "−") if value else "0 %"
+        text = f"{100 * value:+.1f} %".replace("-", "−") if abs(value) >= 0.0005 else "0 %"
         return Cell(text, value, "number share", bar=value / largest if largest else 0.0)
 
     columns: list[Column] = [
@@ -161,10 +161,10 @@ def _lower(row: Row) -> Cell:
 
 def _contradictions(row: Row) -> Cell:
     found = row["contradictions"]
-    if found is None or row["attacked"] is None:
-        return Cell("not attacked", -1.0, "quiet")
+    if not found and not row["checked"]:
+        return Cell("not checked", -1.0, "quiet")
     if not found:
-        return Cell(f"none in {wording.count(row['attacked'])} attacked", 0.0, "good")
+        return Cell(f"none in {wording.count(row['checked'])} attacked", 0.0, "good")
     images = row["idx"].split()
     listed = ", ".join(images[:12]) + (f" and {len(images) - 12} more" if len(images) > 12 else "")
     return Cell(f"{wording.count(found)}: idx {listed}", float(found), "bad", " ".join(images))

@@ -99,6 +99,24 @@ def test_never_below_the_operator(case, method, way):
         assert bound.value <= truth * (1 + (1e-9 if method == "eigenvalue" else 1e-4))
 
 
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+def test_every_small_padding_by_copies(monkeypatch, mode):
+    monkeypatch.setattr(convolution, "DENSE_SIDE", 0)
+    accepted = 0
+    for n, k, p, s in itertools.product((1, 2, 3, 5, 7), (1, 2, 3, 5), (1, 2, 4), (1, 2, 3)):
+        weight = random(1, 1, k, seed=100 * n + 10 * k + p)
+        options = {"padding": p, "stride": s, "padding_mode": mode}
+        try:
+            truth = reference(weight, (n,), **options)
+        except ValueError:
+            with pytest.raises(BoundError):
+                conv_norm_upper(weight, (n,), **options)
+            continue
+        accepted += 1
+        assert conv_norm_upper(weight, (n,), **options).value >= truth * (1 - 1e-13)
+    assert accepted > 50
+
+
 # ------------------------------------------------------------------------------------------------------- exact cases
 
 
@@ -140,6 +158,13 @@ def test_small_maps_are_exact(mode, kernel):
     truth, bound = reference(weight, (5, 6), **options), conv_norm_upper(weight, (5, 6), **options)
     assert bound.method.startswith("dense")
     assert truth * (1 - 1e-13) <= bound.value <= truth * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("size", [(5, 4), (3, 7)])
+def test_same_padding_of_even_kernels_is_lopsided_as_in_torch(size):
+    weight = random(2, 2, 4, 2)
+    truth = reference(weight, size, padding="same")
+    assert truth * (1 - 1e-13) <= conv_norm_upper(weight, size, padding="same").value <= truth * (1 + 1e-9)
 
 
 def test_channel_permutations_and_diagonals_become_depthwise(monkeypatch):
@@ -337,6 +362,14 @@ def test_tiny_and_huge_weights(scale, transposed):
     bound = conv_norm_upper(weight, (5, 4), stride=2, transposed=transposed).value
     scaled = bound * (2.0**1000 if scale < 1 else 2.0**-498)
     assert truth * (1 - 1e-13) <= scaled <= truth * (1 + (1e-2 if scale == 1e-320 else 1e-9))
+
+
+@pytest.mark.parametrize("mode", ["circular", "replicate"])
+@pytest.mark.parametrize("order", list(itertools.permutations([1e16, 1.0, -1e16])))
+def test_cancellation_is_part_of_the_bound(mode, order):
+    """On one pixel the taps add up to exactly 1, in floating point to 0."""
+    weight = torch.tensor([[order]], dtype=torch.float64)
+    assert conv_norm_upper(weight, (1,), padding=1, padding_mode=mode).value >= 1.0
 
 
 def test_zero_weights():

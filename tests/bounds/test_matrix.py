@@ -160,6 +160,7 @@ PROPOSALS = {
     "huge": lambda V: V * 1e200,
     "not orthogonal": lambda V: V + 0.02 * random(V.shape, V.dtype),
     "another basis": lambda V: torch.linalg.qr(random(V.shape, V.dtype))[0],
+    "short": lambda V: 0.9 * V,  # the bound is sharp: 0.81 λ / (1 - 0.19)
     "singular": lambda V: torch.cat([V[..., :1], V[..., :1], V[..., 2:]], -1),
     "rounded": lambda V: V.to(torch.complex64 if V.is_complex() else torch.float32).to(V.dtype),
 }
@@ -195,8 +196,8 @@ def test_a_wrong_factorisation_only_enlarges(monkeypatch, wrong):
     """Blocks after the first are only compared with it; were the factor believed, the larger ones would be lost."""
     cholesky = torch.linalg.cholesky_ex
 
-    def propose(matrix):
-        factor, info = cholesky(matrix)
+    def propose(matrix, upper):
+        factor, info = cholesky(matrix, upper=upper)
         noise = random(factor.shape, factor.dtype)
         factor = {"zero": 0 * noise, "noise": noise, "nan": factor * math.nan, "too large": factor * 1.1}.get(
             wrong, factor
@@ -217,6 +218,20 @@ def test_a_wrong_lanczos_value_only_enlarges(monkeypatch, factor):
     monkeypatch.setattr(scipy.sparse.linalg, "eigsh", lambda *a, **k: eigsh(*a, **k) * factor)
     value = eigenvalue_upper(W).value
     assert reference(W) * (1 - 1e-13) <= value <= reference(W) * max(1 + 1e-9, factor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("shortcut", [0.0, 1.0, 30.0])
+def test_large_matrices_are_tight_without_eigenvectors(monkeypatch, dtype, shortcut):
+    """Also with eigenvalues in a cluster, as an identity shortcut makes them."""
+
+    def fail(matrix):
+        raise AssertionError("the factorisation was enough")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fail)
+    monkeypatch.setattr(spectral, "LARGE", 60)
+    W = shortcut * torch.eye(150, dtype=dtype) + random((150, 150), dtype) / 20
+    assert reference(W) * (1 - 1e-13) <= eigenvalue_upper(W).value <= reference(W) * (1 + 1e-9)
 
 
 @settings(max_examples=30)

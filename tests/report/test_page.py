@@ -160,7 +160,9 @@ def test_a_lower_bound_above_the_proved_one_is_a_finding(certified: Path) -> Non
 
 def test_files_that_disagree_are_named(certified: Path) -> None:
     update(certified / "certificate.json", weights_sha256="0" * 64)
-    assert "bound.json and certificate.json are about different weights" in outline(build(read_all([certified])))[0]
+    assert (
+        "certificate.json and bound.json are not all about the same weights" in outline(build(read_all([certified])))[0]
+    )
 
 
 def test_only_logs(log: Path) -> None:
@@ -207,8 +209,7 @@ def test_write_leaves_the_page_and_its_parts(run: Path, tmp_path: Path) -> None:
     assert len(names) == 12 and all(path.stat().st_size > 100 for path in written)
     assert (tmp_path / "new" / "folder" / "page_certified.png").read_bytes().startswith(b"\x89PNG")
     ElementTree.parse(tmp_path / "new" / "folder" / "page_certified.svg")
-    again = build(read_all([run]))
-    assert again.html == report.html and list(again.beside()) == list(report.beside())
+    assert build(read_all([run])).html == report.html
 
 
 def test_an_unwritable_folder_is_an_input_error(certified: Path, tmp_path: Path) -> None:

@@ -80,6 +80,18 @@ def test_infinities_are_strings_in_json(run: Path) -> None:
     assert bound["upper"] == math.inf and bound["layers"][0]["upper"] == math.inf
 
 
+def test_the_audit_of_the_certificate_stands_in_for_bound_json(run: Path) -> None:
+    audit = json.loads((run / "bound.json").read_text())
+    (run / "bound.json").unlink()
+    update(run / "certificate.json", audit={**audit, "upper": "inf"}, n=1000)
+    record = read(run)
+    assert record.bound["upper"] == math.inf and len(record.bound["layers"]) == len(audit["layers"])
+    assert disagreements(record) == ("certificates.tsv has the first 300 of 1000 images (lipcert certify --resume)",)
+    update(run / "certificate.json", audit=[1])
+    with pytest.raises(InputError, match="certificate.json: 'audit' is not an object"):
+        read(run)
+
+
 def test_labels_tell_equal_names_apart(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name / "seed0", n=20, eps=(), blocks=1) for name in ("small", "large")]
     log = write_smoothing_log(tmp_path / "sigma_0.25.tsv", n=20)
@@ -199,5 +211,5 @@ def test_files_that_do_not_belong_together(run: Path) -> None:
                                for i, line in enumerate(lines)]))  # fmt: skip
     sentences = " ".join(disagreements(read(run)))
     assert "summary.json does not agree" in sentences
-    assert "different weights (weights_sha256)" in sentences
+    assert "not all about the same weights" in sentences
     assert "for 1 of 300 images" in sentences

@@ -36,7 +36,7 @@ def test_headline_of_a_run(run: Path) -> None:
     assert (row["upper"], row["estimate"], row["features"]) == (bound["upper"], bound["estimate"], bound["features"])
     assert row["lower"] == max(bound["lower"], json.loads((run / "summary.json").read_text())["lower"])
     assert row["ratio"] == pytest.approx(1 / 0.93)  # of the same quantity: the features
-    assert (row["attacked"], row["contradictions"], row["idx"]) == (300, 0, "")
+    assert (row["checked"], row["contradictions"], row["idx"]) == (300, 0, "")
     assert row["robust@0.1412"] == json.loads((run / "attacks.json").read_text())[0]["robust"]
 
 
@@ -94,6 +94,17 @@ def test_attacked_images_without_certificate_leave_no_comparison(run: Path) -> N
     path.write_text("\n".join(path.read_text().split("\n")[:100]) + "\n")
     attacks = tables.attacks(read_all([run]))
     assert attacks["certified"].isna().all() and attacks["robust"].notna().all()
+    assert attacks["checked"].tolist() == [99, 99]
+
+
+def test_an_attack_that_was_not_compared_refutes_and_confirms_nothing(run: Path) -> None:
+    for name in ("certificates.tsv", "summary.json", "certificate.json", "attacks.tsv"):
+        (run / name).unlink()
+    entries = json.loads((run / "attacks.json").read_text())
+    empty = {"n": 0, "eps": 1.0, "robust": 0.0, "contradictions": []}
+    (run / "attacks.json").write_text(json.dumps([{**entry, "compared": False} for entry in entries] + [empty]))
+    assert math.isnan(headline(run).iloc[0]["contradictions"])
+    assert tables.attacks(read_all([run]))["eps"].tolist() == [EPS, 2 * EPS]
 
 
 def test_contradictions_are_found_though_the_attack_did_not_report_them(run: Path) -> None:
@@ -117,10 +128,10 @@ def test_contradictions_that_the_attack_reported_stay(run: Path) -> None:
     assert tables.attacks(read_all([run]))["contradictions"].tolist() == [0, 2]
 
 
-def test_an_attack_without_its_summary_is_unfinished(run: Path) -> None:
+def test_an_attack_may_lack_its_summary(run: Path) -> None:
     (run / "attacks.json").unlink()
     attacks = tables.attacks(read_all([run]))
-    assert attacks["version"].tolist() == ["unfinished", "unfinished"]
+    assert attacks["version"].tolist() == ["unknown", "unknown"]
     assert attacks["robust"].notna().all()
 
 

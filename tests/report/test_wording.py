@@ -19,8 +19,13 @@ def value(text: str) -> float:
 
 @given(POSITIVE)
 def test_bounds_are_rounded_away_from_what_is_not_proved(x: float) -> None:
-    assert x <= value(wording.upper(x)) <= x * 1.0011
-    assert x * 0.9989 <= value(wording.lower(x)) <= x
+    assert x * (1 - 2e-9) <= value(wording.upper(x)) <= x * 1.0011
+    assert x * 0.9989 <= value(wording.lower(x)) <= x * (1 + 2e-9)
+
+
+def test_bounds_beyond_the_slack_are_rounded_away() -> None:
+    assert (wording.upper(1 + 2**-52), wording.upper(1 + 3e-9), wording.upper(math.inf)) == ("1.000", "1.001", "∞")
+    assert (wording.lower(1 - 2**-53), wording.lower(1 - 3e-9), wording.lower(0.0)) == ("1.000", "0.9999", "0")
 
 
 @pytest.mark.parametrize(

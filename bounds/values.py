@@ -1,0 +1,143 @@
+"""What a walk knows about the values of a graph: affine maps from anchors, pieces of parents, and how bounds were derived."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from lipcert.bounds.affine import AffineMap, add
+from lipcert.bounds.core import Bound
+from lipcert.bounds.graph import Node
+from lipcert.bounds.layout import Layout
+from lipcert.bounds.rounding import sqrt_up
+
+ONE = Bound(1.0, "upper", "isometry")
+
+
+@dataclass(frozen=True, eq=False)
+class Representation:
+    """An affine map from an anchor, how its output lies in the tensor, and the nodes (by index) that it composes."""
+
+    map: AffineMap
+    layout: Layout
+    members: frozenset[int] = frozenset()
+
+
+Transform = Callable[[Representation], Representation | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """‖Δvalue‖ ≤ factor · ‖Δparent restricted to `indices` of dimension `dim`‖."""
+
+    dim: int
+    indices: frozenset[int]
+    factor: Callable[[], Bound]
+    members: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Bound the error that one floating-point operator adds to the exact operator on its computed arguments, in l2.
+
+    With γ of the precision: Σ_i γ_{n_i}·S_i·‖argument_i‖ + γ_output·‖result‖ + γ_n·‖constant‖ + absolute, plus what can
+    underflow (`operations` per output entry). `float64_only`: proved for how `Program` evaluates the operator, not for
+    torch's own float32 kernel.
+    """
+
+    inputs: tuple[tuple[int, float], ...] = ()
+    output: int = 0
+    constant: tuple[int, float] = (0, 0.0)
+    absolute: float = 0.0
+    operations: int = 0
+    float64_only: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator alone: argument indices, a cheap Lipschitz constant for each, how they join, and its rounding."""
+
+    inputs: tuple[int, ...]
+    factors: tuple[float, ...]
+    joint: bool  # √Σ(f_i·)² instead of Σ f_i·
+    rounding: Rounding
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """Why L(value) ≤ Σ f_i L(source_i), or √Σ(f_i L(source_i))² if `joint`; `members` are the nodes in between."""
+
+    sources: tuple[int, ...]
+    factors: tuple[Bound, ...]
+    bound: Bound
+    label: str
+    joint: bool = False
+    members: frozenset[int] = frozenset()
+    reason: str = ""  # why there is no bound
+
+
+@dataclass(eq=False)
+class Value:
+    """What is known about one node while the walk needs it."""
+
+    node: Node
+    index: int
+    step: Step
+    forked: bool
+    representations: dict[tuple[Value, int], Representation] = field(default_factory=dict)
+    own: dict[tuple[Value, int], Representation] = field(default_factory=dict)
+    pieces: dict[Value, Piece] = field(default_factory=dict)
+    candidates: list[Callable[[], Derivation]] = field(default_factory=list)
+    merged: tuple[int, int] = (1, 1)  # the batch dimension is merged (outer) · images · (inner)
+    retired: bool = False  # no further node reads it
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.node.shape
+
+
+Anchor = tuple[Value, int]  # a value, and which of its dimensions holds the channels
+
+
+def added(a: Representation, b: Representation) -> Representation | None:
+    """Return a + b, or None if they do not lie in the tensor in the same way."""
+    total = add(a.map, b.map) if a.layout == b.layout else None
+    return None if total is None else Representation(total, a.layout, a.members | b.members)
+
+
+def broadcast(x: Representation, shape: Sequence[int], layouts: Sequence[Layout] = ()) -> Representation | None:
+    """Return x expanded to a shape; only one channel can become many, and only where no other layout has positions."""
+    for dim, size in enumerate(shape):
+        if x.layout.shape[dim] == size:
+            continue
+        others = {layout.dims[dim] for layout in layouts if layout.dims[dim]}
+        if x.layout.shape[dim] != 1 or x.layout.size("c") != 1 or not others <= {("c",)}:
+            return None
+        rows = x.map.rows(torch.zeros(size, dtype=torch.int64, device=x.map.taps.device))
+        if rows is None:
+            return None
+        x = replace(x, map=rows, layout=x.layout.placed(dim, "c", size))
+    return x
+
+
+def raised(layout: Layout, rank: int) -> Layout:
+    """Return a layout with singleton dimensions in front, as broadcasting puts them there."""
+    return replace(layout, dims=((),) * (rank - len(layout.dims)) + layout.dims)
+
+
+def total(parts: Sequence[Bound]) -> Bound:
+    """Return the sum of bounds."""
+    result = parts[0]
+    for part in parts[1:]:
+        result = result + part
+    return result
+
+
+def root(parts: Sequence[Bound]) -> Bound:
+    """Return the root of the sum of the squares of bounds."""
+    if len(parts) == 1:
+        return parts[0]
+    squares = total([part * part for part in parts])
+    return replace(squares, value=sqrt_up(squares.value)) if squares.kind == "upper" else squares
