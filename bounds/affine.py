@@ -7,17 +7,17 @@ An `AffineMap` is the linear part of
 where x is read as zero outside its grid of n positions, or periodically (`wrap`). Write it R T E: E puts x into the
 plane (zeros around it, or periodic copies), T is a strided convolution of the plane, R keeps the positions i < out.
 
-*Sums.* R T₁ E + R T₂ E = R (T₁ + T₂) E whenever grid, stride and output agree: the identity shortcut, pointwise maps and
-one convolution are one kernel. A map that reads only inside its grid has the same E either way, so it also adds to a
-periodic one.
+*Sums.* R T₁ E + R T₂ E = R (T₁ + T₂) E whenever grid, stride and output agree: the identity shortcut, pointwise maps
+and one convolution are one kernel. A map that reads only inside its grid has the same E either way, so it also adds to
+a periodic one.
 
-*Composition.* (R₂ T₂ E₂)(R₁ T₁ E₁) = R₂ (T₂ T₁) E₁ if and only if what R₁ cuts off is never read or is zero. Per axis, let
-A be the positions where T₁ E₁ can be nonzero and B those that R₂ T₂ reads: A ∩ B ⊆ [0, out₁) is enough. Pointwise maps
-pass on either side, crops and zero pads where they lose nothing; two zero-padded 3×3 convolutions do not, and `compose`
-returns None: the truncation between them is not a compression. For periodic maps see `_join`.
+*Composition.* (R₂ T₂ E₂)(R₁ T₁ E₁) = R₂ (T₂ T₁) E₁ if and only if what R₁ cuts off is never read or is zero. Per axis,
+let A be the positions where T₁ E₁ can be nonzero and B those that R₂ T₂ reads: A ∩ B ⊆ [0, out₁) is enough. Pointwise
+maps pass on either side, crops and zero pads where they lose nothing; two zero-padded 3×3 convolutions do not, and
+`compose` returns None: the truncation between them is not a compression. For periodic maps see `_join`.
 
-Kernels are float64 and composed in floating point: `error` bounds ‖exact - stored‖ in the operator norm. With S(M) an upper
-bound of ‖|M|‖ (Schur test: √(largest row sum · largest column sum)), for sums and products of length n
+Kernels are float64 and composed in floating point: `error` bounds ‖exact - stored‖ in the operator norm. With S(M) an
+upper bound of ‖|M|‖ (Schur test: √(largest row sum · largest column sum)), for sums and products of length n
 
     ‖fl(M₂M₁) - M₂M₁‖ ≤ γ_n S(M₂) S(M₁),       ‖fl(M₁ + M₂) - (M₁ + M₂)‖ ≤ u (S(M₁) + S(M₂)) (1 + u).
 
@@ -47,7 +47,7 @@ UNDERFLOW = 2.0**-1000  # more than all underflows of one composition
 
 @dataclass(frozen=True, eq=False)
 class AffineMap:
-    """Hold taps (T, groups, c_out/groups, c_in/groups) at distinct shifts δ, the grid n, the output grid, stride, wrap."""
+    """Hold taps (T, groups, c_out/groups, c_in/groups) at distinct shifts δ, both grids, stride and wrap."""
 
     taps: Tensor
     shifts: tuple[Pair, ...]
@@ -97,7 +97,7 @@ class AffineMap:
 
     @cached_property
     def magnitude(self) -> float:
-        """Return S ≥ ‖|M|‖ ≥ ‖M‖ for the stored kernel, by the Schur test; rows and columns of |M| summed over all taps."""
+        """Return S ≥ ‖|M|‖ ≥ ‖M‖ for the stored kernel: the Schur test, rows and columns summed over all taps."""
         absolute = self.taps.abs()
         entries = absolute != 0.0
         sums = []
@@ -134,7 +134,7 @@ class AffineMap:
         return replace(self, taps=taps.reshape(count, 1, len(index), self.c_in), error=error).trimmed()
 
     def scaled(self, factors: Tensor, roundings: int = 0) -> AffineMap:
-        """Return diag(factors) · M, for exact factors within relative γ_roundings of the ones given; one or c_out of them."""
+        """Return diag(factors) · M, one or c_out of them, for exact factors within γ_roundings of those given."""
         factors = factors.to(self.taps).reshape(-1).expand(self.c_out)
         if roundings == 0 and bool((factors == 1.0).all()):
             return self
@@ -147,9 +147,11 @@ class AffineMap:
         return replace(scaled, error=add_up(mul_up(self.error, largest), rounding))
 
     def trimmed(self) -> AffineMap:
-        """Return the same map without taps that are zero or read nothing; what has become pointwise can fuse further."""
+        """Return the same map without taps that are zero or read nothing: it may now fuse with more."""
         used = self.taps.flatten(1).any(1).tolist()
-        used = [u and all(_meets(self, shift, axis) for axis in (0, 1)) for u, shift in zip(used, self.shifts, strict=True)]
+        used = [
+            u and all(_meets(self, shift, axis) for axis in (0, 1)) for u, shift in zip(used, self.shifts, strict=True)
+        ]
         if all(used):
             return self
         keep = [t for t, u in enumerate(used) if u]
@@ -167,9 +169,9 @@ class AffineMap:
         return replace(self, taps=diagonal.reshape(len(self.shifts), -1, 1, 1).contiguous())
 
 
-def identity(channels: int, grid: Pair, like: Tensor) -> AffineMap:
+def identity(channels: int, grid: Pair, device: torch.device | str = "cpu") -> AffineMap:
     """Return the identity on (channels, *grid)."""
-    return AffineMap(like.new_ones((1, channels, 1, 1), dtype=torch.float64), ((0, 0),), grid, grid)
+    return AffineMap(torch.ones(1, channels, 1, 1, dtype=torch.float64, device=device), ((0, 0),), grid, grid)
 
 
 def pointwise(matrix: Tensor, grid: Pair) -> AffineMap:
@@ -197,7 +199,7 @@ def add(a: AffineMap, b: AffineMap) -> AffineMap | None:
 
 
 def stack(maps: list[AffineMap]) -> AffineMap | None:
-    """Return the map whose output channels are those of the maps, one after the other, or None if their grids differ."""
+    """Return the map to the output channels of all the maps, one after the other, or None if grids differ."""
     first = maps[0]
     wrap = tuple(any(m.wrap[axis] for m in maps) for axis in (0, 1))
     for m in maps:
@@ -231,8 +233,9 @@ def compose(second: AffineMap, first: AffineMap) -> AffineMap | None:
     if None in joined:
         return None
     groups = math.gcd(second.groups, first.groups)
+    (s, t) = first.stride
     moved = {
-        (a, b): tuple(first.stride[k] * second.shifts[a][k] + first.shifts[b][k] for k in (0, 1))
+        (a, b): (s * second.shifts[a][0] + first.shifts[b][0], t * second.shifts[a][1] + first.shifts[b][1])
         for a in range(len(second.shifts))
         for b in range(len(first.shifts))
     }

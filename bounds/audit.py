@@ -1,7 +1,7 @@
 """Audit: everything that can be proved about the Lipschitz constant of a model, and how.
 
-`audit` exports a model, lifts patterns, walks the graph once and collects the result. A certificate rests on nothing else:
-neither on how the model was trained nor on what its layers claim.
+`audit` exports a model, lifts patterns, walks the graph once and collects the result. A certificate rests on nothing
+else: neither on how the model was trained nor on what its layers claim.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from lipcert.bounds.rounding import enlarge, gamma, mul_up
 from lipcert.bounds.tracing import trace
 from lipcert.bounds.values import Value
 
+
 @dataclass(frozen=True)
 class Head:
     """The last linear layer z = W h + b: what certificates per pair of classes are made of.
 
-    `penultimate` bounds h, `weight` is W (K, d). `rows` (K, m), where not None, are those of the whole last affine segment
-    from an anchor bounded by `anchor`, exact up to `error` in the operator norm.
+    `penultimate` bounds h, `weight` is W (K, d). `rows` (K, m), where not None, are those of the whole last affine
+    segment from an anchor bounded by `anchor`, exact up to `error` in the operator norm.
     """
 
     penultimate: Bound
@@ -45,7 +46,9 @@ class Head:
         The smallest of L_h·‖w_i - w_j‖, of the same with the rows of the last segment, and of √2·L.
         """
         best = _differences(self.weight) * self.penultimate.require_upper()
-        best = torch.minimum(best, torch.full_like(best, mul_up(math.sqrt(2.0) * (1.0 + 2.0**-52), self.logits.require_upper())))
+        best = torch.minimum(
+            best, torch.full_like(best, mul_up(math.sqrt(2.0) * (1.0 + 2.0**-52), self.logits.require_upper()))
+        )
         if self.rows is not None and self.anchor is not None:
             fused = (_differences(self.rows) + mul_up(2.0, self.error)) * self.anchor.require_upper()
             best = torch.minimum(best, enlarge(fused, 2))
@@ -99,15 +102,16 @@ class Audit:
 
 
 def audit(
-    model: nn.Module | torch.export.ExportedProgram, input_shape: Sequence[int], domain: tuple[float, float] = (0.0, 1.0),
-    tightness: str = "fast", method: str = "auto",
+    model: nn.Module | torch.export.ExportedProgram, input_shape: Sequence[int],
+    domain: tuple[float, float] = (0.0, 1.0), tightness: str = "fast", method: str = "auto",
 ) -> Audit:  # fmt: skip
     """Bound the l2 Lipschitz constant of a model for inputs (n, *input_shape), with every rounding error counted.
 
-    A module is copied, put into evaluation mode and into float64; an exported program is taken as it is. `domain` is the
-    interval that inputs lie in, `method` how spectral norms are bounded ("auto", "eigenvalue", "gram"). Raises BoundError
-    for operators without a rule (all of them at once), weights that are not finite, BatchNorm on batch statistics, and
-    operators that mix images. Where no finite bound is known, `upper` is infinite and `unbounded` says why.
+    A module is copied, put into evaluation mode and into float64; an exported program is taken as it is. `domain` is
+    the interval that inputs lie in, `method` how spectral norms are bounded ("auto", "eigenvalue", "gram"). Raises
+    BoundError for operators without a rule (all of them at once), weights that are not finite, BatchNorm on batch
+    statistics, and operators that mix images. Where no finite bound is known, `upper` is infinite and `unbounded` says
+    why.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
     >>> _ = nn.init.constant_(model[1].weight, 0.5)
@@ -177,7 +181,8 @@ def _last_segment(context: Context, output: Value) -> tuple[Bound, Tensor, float
 def _differences(matrix: Tensor) -> Tensor:
     """Return upper bounds of ‖w_i - w_j‖ for the rows of a matrix, (K, K).
 
-    From the Gram matrix, whose entries err by γ_m‖w_i‖‖w_j‖: ‖w_i - w_j‖² ≤ G_ii + G_jj - 2G_ij + γ_{m+4}(‖w_i‖ + ‖w_j‖)².
+    From the Gram matrix, whose entries err by γ_m‖w_i‖‖w_j‖: ‖w_i - w_j‖² ≤ G_ii + G_jj - 2G_ij + γ_{m+4}(‖w_i‖ +
+    ‖w_j‖)².
     """
     matrix = matrix.to(torch.float64)
     gram = matrix @ matrix.T

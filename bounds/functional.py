@@ -1,8 +1,8 @@
 """In-place operators of an exported program, and where its operators come from in the source.
 
-`relu_` on the fresh output of a convolution is `relu`, as long as nothing else looks at the same memory. Writing through
-views (`out[:, :4] = x[:, 4:]`) needs torch's own functionalisation, which turns it into `slice_scatter`; it also renames
-some operators, so it is used only where it is needed.
+`relu_` on the fresh output of a convolution is `relu`, as long as nothing else looks at the same memory. Writing
+through views (`out[:, :4] = x[:, 4:]`) needs torch's own functionalisation, which turns it into `slice_scatter`; it
+also renames some operators, so it is used only where it is needed.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 
 # operators whose result is new memory that no other value shares
 _FRESH = frozenset(
-    "conv1d conv2d conv3d conv_transpose2d linear addmm matmul mm bmm batch_norm layer_norm group_norm instance_norm add sub "
-    "mul div neg cat stack mean sum relu gelu silu sigmoid tanh max_pool2d avg_pool2d adaptive_avg_pool2d zeros ones full "
-    "zeros_like ones_like full_like new_zeros new_ones new_full".split()
+    "conv1d conv2d conv3d conv_transpose2d linear addmm matmul mm bmm batch_norm layer_norm group_norm instance_norm "
+    "add sub mul div neg cat stack mean sum relu gelu silu sigmoid tanh max_pool2d avg_pool2d adaptive_avg_pool2d "
+    "zeros ones full zeros_like ones_like full_like new_zeros new_ones new_full".split()
 )
 
 

@@ -42,8 +42,8 @@ class BatchConstant:
 class Node:
     """One operator: its name ("aten.conv2d.default"), its arguments by the names of its schema, and where it stands.
 
-    A data argument is a `Ref`, a constant a float64 tensor (or a `BatchConstant`). `shape` is that of one image, `batch`
-    the dimension that counts the images, `output` which of several results this is.
+    A data argument is a `Ref`, a constant a float64 tensor (or a `BatchConstant`). `shape` is that of one image,
+    `batch` the dimension that counts the images, `output` which of several results this is.
     """
 
     name: str
@@ -115,5 +115,3 @@ def leaves(argument: Any) -> Iterator[Any]:
 
 def refs(argument: Any) -> Iterator[Ref]:
     return (leaf for leaf in leaves(argument) if isinstance(leaf, Ref))
-
-

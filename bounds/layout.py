@@ -1,10 +1,10 @@
 """Where the channels and the positions of an affine map lie in a tensor.
 
 An affine map writes (c, h, w) arrays. A tensor holds the same numbers in another order: channels last, positions merged
-into tokens, singleton dimensions. A `Layout` says, for every dimension of the tensor, which axes it consists of, outermost
-first; axes of size 1 are never listed, and neither is the batch. Permuting, squeezing, flattening and viewing change the
-layout and leave the map alone; they are isometries. What cannot be said this way (a view that cuts an axis in two) has no
-layout, and the value starts a new segment.
+into tokens, singleton dimensions. A `Layout` says, for every dimension of the tensor, which axes it consists of,
+outermost first; axes of size 1 are never listed, and neither is the batch. Permuting, squeezing, flattening and viewing
+change the layout and leave the map alone; they are isometries. What cannot be said this way (a view that cuts an axis
+in two) has no layout, and the value starts a new segment.
 
 Axes are named "c", "h", "w"; values of more dimensions have further axes "p0", "p1", … along which the map acts alike.
 """

@@ -4,8 +4,9 @@ Taken one by one, the two halves of MaxMin cost √2 and centring costs 2; toget
 exactly, a near miss is left as it is, which is looser and never wrong. The lifted operator computes the same numbers in
 the same order.
 
-- `lipcert.maxmin(a, b)`: a concatenation of max(a, b) and min(a, b), in either order, along any dimension. That a and b are
-  the two halves of one value, interleaved or not, is seen by the walk from their pieces, and is not part of the pattern.
+- `lipcert.maxmin(a, b)`: a concatenation of max(a, b) and min(a, b), in either order, along any dimension. That a and b
+  are the two halves of one value, interleaved or not, is seen by the walk from their pieces, and is not part of the
+  pattern.
 - `lipcert.maxmin_along(x, dim)`: a concatenation of the maximum and the minimum of x over one dimension of size 2.
 - `lipcert.center(x, dims)`: x minus its mean over dimensions that are kept.
 """
@@ -54,7 +55,11 @@ def _maxmin(node: Node, table: Mapping[str, Node]) -> tuple[str, dict[str, Any]]
     for flipped, (large, small) in ((False, parts), (True, parts[::-1])):
         if large.op in _LARGER and small.op in _SMALLER:
             pair = [large["self"], large["other"]]
-            if all(isinstance(a, Ref) for a in pair) and {*pair} == {small["self"], small["other"]} and len({*pair}) == 2:
+            if (
+                all(isinstance(a, Ref) for a in pair)
+                and {*pair} == {small["self"], small["other"]}
+                and len({*pair}) == 2
+            ):
                 if table[pair[0].name].shape == table[pair[1].name].shape:
                     return "lipcert.maxmin", {"a": pair[0], "b": pair[1], "flipped": flipped, **form}
         if large.op in _LARGEST and small.op in _SMALLEST and large.output in (None, 0) and small.output in (None, 0):

@@ -8,13 +8,13 @@ L(v) ≤ Λ·L(a) from an anchor a (an affine segment, pieces of one parent, one
     local(v) = Σ_i s_i·local(u_i) + (rounding of this operator)       over its arguments u_i, local(a) = 0,
 
 with s_i a cheap bound of the operator's own norm; sums over several sources as in the derivation. So an error that has
-passed a segment is multiplied by the norm of the segment, and only what arises inside meets cheap bounds. The rounding of
-an operator is given by `Rounding`: in terms of the computed arguments and result, whose norms are measured.
+passed a segment is multiplied by the norm of the segment, and only what arises inside meets cheap bounds. The rounding
+of an operator is given by `Rounding`: in terms of the computed arguments and result, whose norms are measured.
 
 *Deployed precision.* The same operators in another precision p, on any x' with ‖x' - x‖ ≤ r: then the arguments are not
-at hand, but ‖u'‖ ≤ ‖u‖ + e(u) + L(u)·r for the exact values at x', and the computed ones are within e_p(u) of them. Weights
-that are not representable in p are rounded, which `Rounding` counts. What evaluates the program must use conventional
-arithmetic (any order of summation, fused multiply-add allowed; no TF32, Winograd or FFT convolutions).
+at hand, but ‖u'‖ ≤ ‖u‖ + e(u) + L(u)·r for the exact values at x', and the computed ones are within e_p(u) of them.
+Weights that are not representable in p are rounded, which `Rounding` counts. What evaluates the program must use
+conventional arithmetic (any order of summation, fused multiply-add allowed; no TF32, Winograd or FFT convolutions).
 
 Numbers here are float64 tensors (n,); every formula is enlarged by a relative 2^-40, which covers 8000 roundings.
 """
@@ -23,13 +23,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lipcert.bounds.core import BoundError
-from lipcert.bounds.graph import BatchConstant, BatchSize, Graph, Node, Ref, call
+from lipcert.bounds.evaluation import evaluate
+from lipcert.bounds.graph import BatchConstant, BatchSize, Graph, Node, Ref
 from lipcert.bounds.rounding import UNIT, enlarge, gamma
 from lipcert.bounds.values import Derivation, Step
 
@@ -45,7 +47,11 @@ class Program:
     """
 
     def __init__(
-        self, graph: Graph, steps: Sequence[Step], derivations: Mapping[int, Derivation], merged: Sequence[tuple[int, int]]
+        self,
+        graph: Graph,
+        steps: Sequence[Step],
+        derivations: Mapping[int, Derivation],
+        merged: Sequence[tuple[int, int]],
     ) -> None:
         self.graph = graph
         self._steps, self._derivations, self._merged = tuple(steps), dict(derivations), tuple(merged)
@@ -59,21 +65,23 @@ class Program:
 
         With precision "float64" and radius 0 the error is ‖computed - exact‖ of the outputs returned. Otherwise it is
         that, plus ‖computed in `precision` at x' - exact at x'‖ for every x' within l2 distance `radius` of x: a margin
-        of the returned outputs that exceeds twice the error, and what the Lipschitz bound allows within the radius, is a
-        margin of the deployed program in the whole ball. Errors are ∞ where nothing is proved. Inputs count as exact.
+        of the returned outputs that exceeds twice the error, and what the Lipschitz bound allows within the radius, is
+        a margin of the deployed program in the whole ball. Errors are ∞ where nothing is proved. Inputs count as exact.
         Raises BoundError for another shape, precision, or for an input that is not finite.
         """
         if precision not in UNIT or not 0.0 <= radius < math.inf:
-            raise BoundError(f"precision is {' or '.join(UNIT)} and radius ≥ 0 finite, got {precision!r} and {radius!r}")
+            raise BoundError(
+                f"precision is {' or '.join(UNIT)} and radius ≥ 0 finite, got {precision!r} and {radius!r}"
+            )
         output, norms = self._run(x)
         zero = torch.zeros_like(norms[0])
         index = len(self.graph.nodes) - 1
-        errors, rough = self._errors("float64", lambda i, _: norms[i], zero)
+        errors, rough = self._errors("float64", lambda i, _: norms[i], zero, own=True)
         if precision == "float64" and radius == 0.0:
             return output, errors[index]
         reach = self._reach(radius)
         largest = [norm + r + reach[i] for i, (norm, r) in enumerate(zip(norms, rough, strict=True))]
-        deployed, _ = self._errors(precision, lambda i, passed: largest[i] + passed, zero)
+        deployed, _ = self._errors(precision, lambda i, passed: largest[i] + passed, zero, own=False)
         return output, (errors[index] + deployed[index]) * SLACK
 
     # ------------------------------------------------------------------------------------------------- evaluation
@@ -81,14 +89,19 @@ class Program:
     def _run(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         source = self.graph.input
         if x.ndim != len(source.shape) or tuple(x.shape[1:]) != source.shape[1:] or x.dtype != torch.float64:
-            raise BoundError(f"inputs are float64 tensors (n, {', '.join(map(str, source.shape[1:]))}), got {x.dtype} {tuple(x.shape)}")
+            raise BoundError(
+                f"inputs are float64 tensors (n, {', '.join(map(str, source.shape[1:]))}), "
+                f"got {x.dtype} {tuple(x.shape)}"
+            )
         if not bool(torch.isfinite(x).all()):
             raise BoundError("the input has NaN or infinite entries")
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False), torch.backends.cudnn.flags(enabled=False):
             if self.graph.batched:
                 return self._images(x)
             runs = [self._images(image) for image in x.split(1)]
-        return torch.cat([run[0] for run in runs]), [torch.cat(norms) for norms in zip(*(run[1] for run in runs), strict=True)]
+        return torch.cat([run[0] for run in runs]), [
+            torch.cat(norms) for norms in zip(*(run[1] for run in runs), strict=True)
+        ]
 
     def _images(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         values = {self.graph.input.name: x}
@@ -96,7 +109,7 @@ class Program:
         for index, node in enumerate(self.graph.nodes):
             if index:
                 arguments = {key: _given(argument, values, x) for key, argument in node.arguments.items()}
-                values[node.name] = _evaluate(node, arguments)
+                values[node.name] = evaluate(node, arguments, self._steps[index].rounding)
                 for name in {*node.inputs}:
                     if self._last[name] == node.name:
                         del values[name]
@@ -115,12 +128,12 @@ class Program:
     # ----------------------------------------------------------------------------------------------------- errors
 
     def _errors(
-        self, precision: str, norm: Callable[[int, Tensor | float], Tensor], zero: Tensor
+        self, precision: str, norm: Callable[[int, Tensor | float], Tensor], zero: Tensor, *, own: bool
     ) -> tuple[dict[int, Tensor], list[Tensor]]:
         """Return e(v) of every value with a derivation, and a rough e of every value by cheap constants alone.
 
         `norm(i, passed)` bounds the norm of the exact result of operator i on its computed arguments, and, of computed
-        arguments, their own; `passed` is the error that came in with them.
+        arguments, their own; `passed` is the error that came in with them. `own`: evaluated here, not deployed.
         """
         exact: dict[int, Tensor] = {0: zero}
         rough: list[Tensor] = [zero]
@@ -129,7 +142,7 @@ class Program:
         for index, step in enumerate(self._steps[1:], start=1):
             known = [exact.get(i, rough[i]) for i in step.inputs]
             passed = _combine(step.factors, known, step.joint) if step.inputs else zero
-            fresh.append(self._fresh(index, step, precision, norm, passed, known))
+            fresh.append(self._fresh(index, step, precision, norm, passed, known, own))
             rough.append((passed + fresh[index]) * SLACK)
             derivation = self._derivations.get(index)
             if derivation is None:
@@ -138,7 +151,9 @@ class Program:
                 exact[index] = torch.full_like(zero, math.inf)
                 continue
             carried = _combine(
-                [factor.value for factor in derivation.factors], [exact[i] for i in derivation.sources], derivation.joint
+                [factor.value for factor in derivation.factors],
+                [exact[i] for i in derivation.sources],
+                derivation.joint,
             )
             inside = self._local(index, derivation.sources, fresh, local, zero)
             exact[index] = torch.minimum((carried + inside) * SLACK, rough[index])
@@ -146,18 +161,18 @@ class Program:
 
     def _fresh(
         self, index: int, step: Step, precision: str, norm: Callable[[int, Tensor | float], Tensor], passed: Tensor,
-        known: Sequence[Tensor],
+        known: Sequence[Tensor], own: bool,
     ) -> Tensor:  # fmt: skip
         """Return the error that operator `index` adds."""
-        rounding = step.rounding
-        if rounding.float64_only and precision != "float64":
+        rounding = step.rounding if own else replace(step.rounding, blocks=1)
+        if rounding.float64_only and not own:
             return torch.full_like(passed, math.inf)
         result = norm(index, passed)
         total = _gamma(rounding.output, precision) * result + rounding.absolute
         for (count, size), i, error in zip(rounding.inputs, step.inputs, known, strict=False):
-            total = total + _gamma(count, precision) * size * norm(i, error)
+            total = total + _gamma(rounding.length(count), precision) * size * norm(i, error)
         if rounding.constant[1]:
-            total = total + _gamma(rounding.constant[0], precision) * rounding.constant[1]
+            total = total + _gamma(rounding.length(rounding.constant[0]), precision) * rounding.constant[1]
         entries = math.prod(self.graph.nodes[index].shape)
         total = total + rounding.operations * TINY[precision] * math.sqrt(entries)
         return torch.where(result < LARGE[precision], total, math.inf) * SLACK
@@ -218,42 +233,3 @@ def _given(argument: Any, values: Mapping[str, Tensor], x: Tensor) -> Any:
     if isinstance(argument, Tensor):
         return argument.to(x.device)
     return [_given(item, values, x) for item in argument] if isinstance(argument, tuple) else argument
-
-
-def _evaluate(node: Node, arguments: dict[str, Any]) -> Tensor:
-    own = _OWN.get(node.op)
-    result = own(arguments) if own is not None else call(node.target, arguments)
-    return result[node.output or 0] if isinstance(result, tuple | list) else result
-
-
-def _two_pass(x: Tensor, dims: Sequence[int], eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Return weight·(x - mean)/√(var + ε) + bias, the variance from the differences themselves."""
-    difference = x - x.mean(tuple(dims), keepdim=True)
-    result = difference / (difference.square().mean(tuple(dims), keepdim=True) + eps).sqrt()
-    result = result if weight is None else result * weight
-    return result if bias is None else result + bias
-
-
-def _layer_norm(a: dict[str, Any]) -> Tensor:
-    dims = range(-len(a["normalized_shape"]), 0)
-    return _two_pass(a["input"], dims, a["eps"], a["weight"], a["bias"])
-
-
-def _group_norm(a: dict[str, Any]) -> Tensor:
-    x, groups = a["input"], a["num_groups"] if "num_groups" in a else a["group"]
-    rows = x.reshape(x.shape[0], groups, -1)
-    shape = (1, -1, *(1,) * (x.ndim - 2))
-    weight, bias = (None if a[key] is None else a[key].reshape(shape) for key in ("weight", "bias"))
-    result = _two_pass(rows, (2,), a["eps"], None, None).reshape(x.shape)
-    result = result if weight is None else result * weight
-    return result if bias is None else result + bias
-
-
-_OWN: dict[str, Callable[[dict[str, Any]], Tensor]] = {
-    "aten.view.default": lambda a: a["self"].reshape(a["size"]),  # what was contiguous in the model may not be here
-    "aten.layer_norm.default": _layer_norm,
-    "aten.native_layer_norm.default": _layer_norm,
-    "aten.group_norm.default": _group_norm,
-    "aten.native_group_norm.default": _group_norm,
-    "aten.instance_norm.default": lambda a: _group_norm({**a, "num_groups": a["input"].shape[1]}),
-}

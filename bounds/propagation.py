@@ -8,11 +8,11 @@ A rule (`lipcert.bounds.rule`) is called as `rule(node, context)` and returns th
 - `Context.value`       anything else;
 - `Context.unbounded`   nothing is known, and why.
 
-A value carries, where it can, affine maps from *anchors* (the input, outputs of nonlinear operators, values with several
-consumers): value = M·anchor + const, so that ‖value‖_Lip ≤ ‖M‖·L(anchor) with one norm for the whole segment; the farthest
-anchor is used, which is the tightest. Next to them it carries *pieces*: ‖Δvalue‖ ≤ f·‖Δparent[range]‖ along one dimension
-of a parent. Where neither helps, the constants of the operators multiply. All three are inequalities for the same number:
-the smallest is taken, and the `Derivation` says which it was.
+A value carries, where it can, affine maps from *anchors* (the input, outputs of nonlinear operators, values with
+several consumers): value = M·anchor + const, so that ‖value‖_Lip ≤ ‖M‖·L(anchor) with one norm for the whole segment;
+the farthest anchor is used, which is the tightest. Next to them it carries *pieces*: ‖Δvalue‖ ≤ f·‖Δparent[range]‖
+along one dimension of a parent. Where neither helps, the constants of the operators multiply. All three are
+inequalities for the same number: the smallest is taken, and the `Derivation` says which it was.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from lipcert.bounds.graph import BatchConstant, Graph, Node, Ref
 from lipcert.bounds.layout import Layout
 from lipcert.bounds.rounding import mul_up, sqrt_up
 from lipcert.bounds.values import (
+    EXACT,
     Anchor,
     Derivation,
     Piece,
@@ -47,6 +48,7 @@ from lipcert.bounds.values import (
     total,
 )
 
+ONCE = Rounding(output=1)
 KEPT = 4  # representations per value: the earliest two anchors and the latest two
 
 
@@ -62,6 +64,7 @@ class Context:
         self.derivations: dict[int, Derivation] = {}
         self.uses = Counter(name for node in graph.nodes for name in set(node.inputs))
         self.uses[graph.output] += 1
+        self.device = next(iter(graph.weights.values()), torch.zeros(())).device
 
     # ------------------------------------------------------------------------------------------- what rules ask for
 
@@ -80,7 +83,9 @@ class Context:
         return dim
 
     def mixed(self, node: Node) -> BoundError:
-        return BoundError(f"{node.op} mixes the images of a batch ({node.place}); a certificate needs a function of one image")
+        return BoundError(
+            f"{node.op} mixes the images of a batch ({node.place}); a certificate needs a function of one image"
+        )
 
     def bound(self, value: Value) -> Bound:
         """Return a Lipschitz bound of a value with respect to the input; the first call decides how it is derived."""
@@ -97,8 +102,9 @@ class Context:
     # ------------------------------------------------------------------------------------------- what rules return
 
     def linear(
-        self, node: Node, x: Value, transform: Transform | None, *, rounding: Rounding = Rounding(), channel: int | None = None,
-        norm: Callable[[], Bound] | None = None, cheap: float | None = None, merged: tuple[int, int] | None = None,
+        self, node: Node, x: Value, transform: Transform | None, *, rounding: Rounding = EXACT,
+        channel: int | None = None, norm: Callable[[], Bound] | None = None, cheap: float | None = None,
+        merged: tuple[int, int] | None = None,
     ) -> Value:  # fmt: skip
         """Return the value of a linear operator of one argument.
 
@@ -108,17 +114,17 @@ class Context:
         """
         made: dict[Anchor, Representation] = {}
         if transform is not None:
-            for anchor, representation in self.carriers(x, channel).items():
+            for anchor, representation in x.carriers(channel).items():
                 if (new := transform(representation)) is not None:
                     made[anchor] = new
             if not made and channel is not None:
-                made = self._relabelled(x, channel, transform)
+                made = x.relabelled(channel, transform)
             if not made:
-                anchor, representation = self.identity(x, channel)
+                anchor, representation = x.identity(channel)
                 if (new := transform(representation)) is not None:
                     made[anchor] = new
         if transform is not None and (norm is None or cheap is None):
-            alone = transform(self.identity(x, channel)[1])
+            alone = transform(x.identity(channel)[1])
             if alone is not None:
                 cheap = alone.map.magnitude if cheap is None else cheap
                 norm = norm or cache(lambda: segment_bound(alone.map, self.method))
@@ -129,7 +135,9 @@ class Context:
         value.representations = self._kept(node, made)
         value.pieces = {
             parent: replace(
-                piece, factor=cache(lambda piece=piece: piece.factor() * operator()), members=piece.members | {value.index}
+                piece,
+                factor=cache(lambda piece=piece: piece.factor() * operator()),
+                members=piece.members | {value.index},
             )
             for parent, piece in x.pieces.items()
         }
@@ -141,15 +149,15 @@ class Context:
             self.bound(x)
         return value
 
-    def sum(
-        self, node: Node, terms: Sequence[tuple[Value, float]], *, rounding: Rounding = Rounding(output=1)
-    ) -> Value:
+    def sum(self, node: Node, terms: Sequence[tuple[Value, float]], *, rounding: Rounding = ONCE) -> Value:
         """Return the value of Σ factor·term, broadcast to the shape of the node; common anchors make it one map."""
         for x, _ in terms:
             self.aligned(node, x)
-        factors = [mul_up(abs(f), sqrt_up(float(math.prod(node.shape) // max(1, math.prod(x.shape))))) for x, f in terms]
+        factors = [
+            mul_up(abs(f), sqrt_up(float(math.prod(node.shape) // max(1, math.prod(x.shape))))) for x, f in terms
+        ]
         value = self.value(node, [x for x, _ in terms], factors, rounding)
-        tables = [self.carriers(x, None) for x, _ in terms]
+        tables = [x.carriers() for x, _ in terms]
         made = {}
         for anchor in _common(tables):
             parts = [table[anchor] for table in tables]
@@ -168,7 +176,9 @@ class Context:
             pieces = [x.pieces[parent] for x, _ in terms]
             if len({(piece.dim, piece.indices) for piece in pieces}) == 1:
                 bounds = [Bound(f, "upper", "scale") for f in factors]
-                total_factor = cache(lambda ps=pieces, bs=bounds: total([p.factor() * b for p, b in zip(ps, bs, strict=True)]))
+                total_factor = cache(
+                    lambda ps=pieces, bs=bounds: total([p.factor() * b for p, b in zip(ps, bs, strict=True)])
+                )
                 members = frozenset[int]().union(*(piece.members for piece in pieces)) | {value.index}
                 value.pieces[parent] = Piece(pieces[0].dim, pieces[0].indices, total_factor, members)
         if not made:
@@ -179,7 +189,7 @@ class Context:
         return value
 
     def nonlinear(
-        self, node: Node, xs: Sequence[Value], factor: Bound, *, rounding: Rounding = Rounding(), label: str = "",
+        self, node: Node, xs: Sequence[Value], factor: Bound, *, rounding: Rounding = EXACT, label: str = "",
         representations: dict[Anchor, Representation] | None = None,
     ) -> Value:  # fmt: skip
         """Return the value of a function with ‖Δresult‖² ≤ factor²·Σ‖Δx_i‖², such as max(a, b).
@@ -203,7 +213,7 @@ class Context:
     ) -> Value:  # fmt: skip
         """Return a bare value: an operator with these arguments and cheap constants, and no bound yet."""
         step = Step(tuple(x.index for x in inputs), tuple(factors), joint, rounding)
-        value = Value(node, len(self.steps), step, self.uses[node.name] > 1)
+        value = Value(node, len(self.steps), step, self.uses[node.name] > 1, self.device)
         self.steps.append(step)
         if merged is None:
             factor = node.shape[node.batch] if node.batch is not None else 1
@@ -240,48 +250,6 @@ class Context:
         elif value.representations:
             anchor = min(value.representations, key=lambda a: a[0].index)
             value.representations = {anchor: value.representations[anchor]}
-
-    # --------------------------------------------------------------------------------------------------- anchors
-
-    def identity(self, x: Value, channel: int | None) -> tuple[Anchor, Representation]:
-        """Return x as an anchor of its own, with a dimension for its channels (a guess by rank if None)."""
-        if channel is None:
-            free = [d for d in range(len(x.shape)) if d != x.node.batch]
-            channel = free[0] if len(free) != 2 else free[-1]  # (c, h, w), (tokens, c), (c,)
-        anchor = (x, channel)
-        if anchor not in x.own:
-            layout = Layout.of(x.shape, x.node.batch, channel)
-            grid = layout.size("h"), layout.size("w")
-            like = next(iter(self.graph.weights.values()), torch.zeros(()))
-            x.own[anchor] = Representation(identity(layout.size("c"), grid, like), layout)
-        return anchor, x.own[anchor]
-
-    def _relabelled(self, x: Value, channel: int, transform: Transform) -> dict[Anchor, Representation]:
-        """Return what `transform` makes of anchors that x is a mere view of, their channels chosen to fit.
-
-        An identity stays one whichever dimension of the anchor is called its channels.
-        """
-        made = {}
-        for (anchor, old), known in {**x.representations, **x.own}.items():
-            if not known.map.identity or len(known.layout.dims[channel]) != 1:
-                continue
-            before = Layout.of(anchor.shape, anchor.node.batch, old).dims
-            new = before.index(known.layout.dims[channel])
-            key, own = self.identity(anchor, new)
-            names = {a: b for one, two in zip(before, own.layout.dims, strict=True) for a, b in zip(one, two, strict=True)}
-            dims = tuple(tuple(names[axis] for axis in dim) for dim in known.layout.dims)
-            found = transform(replace(own, layout=replace(own.layout, dims=dims), members=known.members))
-            if found is not None:
-                made[key] = found
-        return made
-
-    def carriers(self, x: Value, channel: int | None) -> dict[Anchor, Representation]:
-        """Return the maps that x is known by; x itself is among them if it has several consumers or no map."""
-        table = {**x.representations, **x.own}
-        if not table or (x.forked and not x.own):
-            anchor, representation = self.identity(x, channel)
-            table[anchor] = representation
-        return table
 
     def constant(self, node: Node, argument: str) -> Tensor | None:
         """Return a constant argument as a float64 tensor, None if it is not given; raise BoundError if not finite."""
@@ -328,9 +296,7 @@ class Context:
             union = frozenset[int]().union(*(piece.indices for piece in pieces))
             if len({piece.dim for piece in pieces}) == 1 and len(union) == sum(len(piece.indices) for piece in pieces):
                 members = frozenset[int]().union(*(piece.members for piece in pieces)) | {value.index}
-                largest = cache(
-                    lambda ps=pieces: max((p.factor() for p in ps), key=lambda bound: bound.value) * factor
-                )
+                largest = cache(lambda ps=pieces: max((p.factor() for p in ps), key=lambda bound: bound.value) * factor)
                 made[parent] = Piece(pieces[0].dim, union, largest, members)
         for parent in [p for p, piece in made.items() if _whole(p, piece)]:  # then also a piece of what it came from
             for older, piece in parent.pieces.items():
@@ -341,10 +307,11 @@ class Context:
 
     def _joint(self, value: Value, xs: Sequence[Value], factor: Bound, label: str) -> list[Callable[[], Derivation]]:
         """Return the ways to bound a function that is `factor`-Lipschitz in all its arguments together."""
-        ways: list[Callable[[], Derivation]] = [
-            lambda p=parent, q=piece: self.derive([p], [q.factor()], label, members=q.members - {value.index})
-            for parent, piece in value.pieces.items()
-        ]
+
+        def from_piece(parent: Value, piece: Piece) -> Derivation:
+            return self.derive([parent], [piece.factor()], label, members=piece.members - {value.index})
+
+        ways: list[Callable[[], Derivation]] = [partial(from_piece, *item) for item in value.pieces.items()]
         if any(_whole(parent, piece) for parent, piece in value.pieces.items()):
             return ways
         if len(xs) == 1:
@@ -362,7 +329,7 @@ class Context:
 
     def _stacked(self, xs: Sequence[Value]) -> tuple[Value, Representation] | None:
         """Return the earliest common anchor of several values and the map to all of them, one above the other."""
-        tables = [self.carriers(x, None) for x in xs]
+        tables = [x.carriers() for x in xs]
         for anchor in sorted(_common(tables), key=lambda anchor: anchor[0].index):
             parts = [table[anchor] for table in tables]
             if (joined := stack([part.map for part in parts])) is not None:

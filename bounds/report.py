@@ -13,8 +13,10 @@ from lipcert.bounds.rounding import div_up
 from lipcert.bounds.values import Derivation
 
 _WEIGHTED = ("conv", "linear", "addmm", "matmul", "mm", "batch_norm", "layer_norm", "group_norm")
-_SILENT = ("alias", "contiguous", "clone", "detach", "dropout", "view", "reshape", "flatten", "permute", "transpose", "unsqueeze",
-           "squeeze", "_unsafe_view", "unflatten")  # fmt: skip
+_SILENT = tuple(
+    "alias contiguous clone detach dropout view reshape flatten permute transpose unsqueeze squeeze _unsafe_view "
+    "unflatten".split()
+)
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,10 @@ def table(layers: Sequence[LayerBound], upper: Bound, unbounded: Sequence[tuple[
         for row in layers
     ]
     widths = [min(48, max(len(line[k]) for line in (header, *body))) for k in range(len(header))]
-    lines = ["  ".join(_fit(cell, width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in (header, *body)]
+    lines = [
+        "  ".join(_fit(cell, width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in (header, *body)
+    ]
     lines += [f"no bound: {name} ({op}): {reason}" for name, op, reason in unbounded]
     value = "no finite bound" if math.isinf(upper.value) else f"{upper.value:.10g}"
     return "\n".join([*lines, f"Lipschitz constant (l2, image to outputs): at most {value}"])

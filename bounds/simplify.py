@@ -1,7 +1,7 @@
 """Graphs without operators that do nothing and without operators that are computed twice.
 
-`x[:, :4]` is exported as a slice of a slice that takes everything, and two calls of `x.chunk(2)` as four slices. Parts of one
-value are recognised as such only if they name the same parent.
+`x[:, :4]` is exported as a slice of a slice that takes everything, and two calls of `x.chunk(2)` as four slices. Parts
+of one value are recognised as such only if they name the same parent.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from lipcert.bounds.graph import BatchConstant, Graph, Node, Ref
 
 _NOTHING = {f"aten.{name}.default" for name in ("alias", "contiguous", "clone", "detach", "detach_", "lift_fresh_copy")}
 _MAYBE_NOTHING = {
-    "aten.slice.Tensor", "aten.expand.default", "aten.view.default", "aten.reshape.default", "aten._unsafe_view.default",
-    "aten.flatten.using_ints", "aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims", "aten.expand_as.default",
-    "aten.view_as.default", "aten.reshape_as.default",
-}  # fmt: skip
+    f"aten.{name}"
+    for name in (
+        "slice.Tensor expand.default view.default reshape.default _unsafe_view.default flatten.using_ints "
+        "squeeze.default squeeze.dim squeeze.dims expand_as.default view_as.default reshape_as.default"
+    ).split()
+}
 _DROPOUT = {f"aten.{name}.default" for name in ("dropout", "feature_dropout", "alpha_dropout")}
 
 

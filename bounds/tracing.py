@@ -3,8 +3,8 @@
 torch.export runs without decompositions, so that convolutions, normalisations and activations stay whole, and with a
 symbolic batch, so that the graph shows which dimension of every value counts the images. Operators of constants alone
 (weights, buffers, literals) are evaluated once in float64; what they give is from then on part of the weights. In-place
-operators become ordinary ones, pieces of a `chunk`, `split` or `unbind` become slices, casts between floating-point types
-disappear: the graph is evaluated in one precision.
+operators become ordinary ones, pieces of a `chunk`, `split` or `unbind` become slices, casts between floating-point
+types disappear: the graph is evaluated in one precision.
 """
 
 from __future__ import annotations
@@ -28,15 +28,24 @@ Example = tuple[int, ...]
 _SHAPE_ONLY = {f"aten.{name}.default" for name in ("zeros_like", "ones_like", "full_like", "empty_like")} | {
     f"aten.{name}.default" for name in ("new_zeros", "new_ones", "new_full")
 }
-_CUTS = ("chunk", "split", "split_with_sizes", "unbind", "tensor_split", "unsafe_chunk", "unsafe_split", "unsafe_split_with_sizes")
+_CUTS = (
+    "chunk",
+    "split",
+    "split_with_sizes",
+    "unbind",
+    "tensor_split",
+    "unsafe_chunk",
+    "unsafe_split",
+    "unsafe_split_with_sizes",
+)
 _CASTS = ("aten.to.", "aten._to_copy.", "aten.type_as.", "aten.float.", "aten.double.")
 
 
 def trace(model: nn.Module | torch.export.ExportedProgram, input_shape: Example) -> Graph:
     """Export a model (a float64 copy in evaluation mode) for inputs (n, *input_shape) and return its graph.
 
-    Raises BoundError where torch cannot export the model, where weights are NaN or infinite, where the result is not one
-    tensor, and where a value does not keep the images of a batch apart.
+    Raises BoundError where torch cannot export the model, where weights are NaN or infinite, where the result is not
+    one tensor, and where a value does not keep the images of a batch apart.
     """
     if isinstance(model, torch.export.ExportedProgram):
         program = model
@@ -140,7 +149,7 @@ class _Builder:
             return self._number(node, value)
         args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: self.environment[n])
         if node.target is operator.getitem:
-            return self._item(node, *args)
+            return self._item(node, node.args[0], args[0], args[1])
         target = out_of_place(node.target) if is_inplace(node) else node.target
         arguments = _bind(target, args, kwargs)
         data = list(refs(list(arguments.values())))
@@ -150,8 +159,9 @@ class _Builder:
             if str(target).startswith(_CASTS) and isinstance(value, Tensor) and value.is_floating_point():
                 target, arguments = torch.ops.aten.alias.default, {"self": data[0]}
             result = self._record(node, target, arguments)
-        if is_inplace(node):  # whoever reads the changed value from here on reads the new one
-            self.environment[node.args[0]] = result
+        changed = node.args[0] if is_inplace(node) else None
+        if isinstance(changed, torch.fx.Node):  # whoever reads the changed value from here on reads the new one
+            self.environment[changed] = result
         return result
 
     def _number(self, node: torch.fx.Node, value: Any) -> Any:
@@ -159,11 +169,12 @@ class _Builder:
         data = any(isinstance(self.environment.get(n), Ref) for n in node.all_input_nodes)
         if data and value is not None and not str(node.target).startswith("aten.sym_"):
             raise BoundError(
-                f"{node.target} turns data into a Python number ({module_path(node)}, {source_line(node)}); keep it a tensor"
+                f"{node.target} turns data into a Python number ({module_path(node)}, {source_line(node)}); "
+                "keep it a tensor"
             )
         return self._size(value) if isinstance(value, torch.SymInt) else value
 
-    def _item(self, node: torch.fx.Node, source: Any, index: int) -> Any:
+    def _item(self, node: torch.fx.Node, parent: Any, source: Any, index: Any) -> Any:
         """Return one of several results: a piece becomes a slice of what was cut, others name their output."""
         if not isinstance(source, Ref):
             return source[index]
@@ -175,11 +186,12 @@ class _Builder:
         dim = whole["dim"] % len(self.nodes[cut.name].shape)
         if kind == "unbind":
             return self._record(node, torch.ops.aten.select.int, {"self": cut, "dim": dim, "index": index})
-        sizes = [self._size(piece.shape[dim]) for piece in node.args[0].meta["val"]]
-        if any(isinstance(size, BatchSize) for size in sizes):
+        sizes = [self._size(piece.shape[dim]) for piece in parent.meta["val"]]
+        lengths = [size for size in sizes if isinstance(size, int)]
+        if len(lengths) < len(sizes):
             raise self._mixed(node)
-        start = sum(sizes[:index])
-        arguments = {"self": cut, "dim": dim, "start": start, "end": start + sizes[index], "step": 1}
+        start = sum(lengths[:index])
+        arguments = {"self": cut, "dim": dim, "start": start, "end": start + lengths[index], "step": 1}
         return self._record(node, torch.ops.aten.slice.Tensor, arguments)
 
     def _record(self, node: torch.fx.Node, target: Any, arguments: Mapping[str, Any], output: int | None = None) -> Ref:
@@ -193,9 +205,15 @@ class _Builder:
     def _fold(self, node: torch.fx.Node, target: Any, arguments: Mapping[str, Any]) -> Any:
         """Evaluate an operator of constants; one with a batch dimension is evaluated for two images."""
         if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
-            raise BoundError(f"{target} is random ({module_path(node)}, {source_line(node)}); only a fixed function can be bounded")
+            raise BoundError(
+                f"{target} is random ({module_path(node)}, {source_line(node)}); only a fixed function can be bounded"
+            )
         plain = {key: self._twice(argument) for key, argument in arguments.items()}
-        if str(target).startswith(_CASTS) and isinstance(plain.get("self"), Tensor) and plain["self"].is_floating_point():
+        if (
+            str(target).startswith(_CASTS)
+            and isinstance(plain.get("self"), Tensor)
+            and plain["self"].is_floating_point()
+        ):
             result = plain["self"] if node.meta["val"].is_floating_point() else call(target, plain)
         else:
             result = call(target, plain)
@@ -245,7 +263,9 @@ class _Builder:
         values = {n: size.node.expr.subs(self.symbol, n) for n in (2, 3, 7)}
         factor = values[2] / 2
         if not factor.is_integer or any(value != n * factor for n, value in values.items()):
-            raise BoundError(f"a size depends on the batch as {size.node.expr}; only multiples of the batch size are understood")
+            raise BoundError(
+                f"a size depends on the batch as {size.node.expr}; only multiples of the batch size are understood"
+            )
         return BatchSize(int(factor))
 
     def _shape(self, node: torch.fx.Node, value: Tensor) -> tuple[tuple[int, ...], int | None]:
@@ -263,13 +283,16 @@ class _Builder:
         )
 
     def _finish(self, node: torch.fx.Node) -> Graph:
-        results = [self.environment[value] if isinstance(value, torch.fx.Node) else value for value in node.args[0]]
+        outputs: Any = node.args[0]
+        results = [self.environment[value] if isinstance(value, torch.fx.Node) else value for value in outputs]
         if len(results) != 1 or not isinstance(results[0], Ref):
             raise BoundError(
                 f"the model must return one tensor that depends on its input; it returns {len(results)} values. "
                 "Wrap it in a module that picks one"
             )
-        graph = Graph(tuple(self.nodes.values()), results[0].name, MappingProxyType(self.weights), self.symbol is not None)
+        graph = Graph(
+            tuple(self.nodes.values()), results[0].name, MappingProxyType(self.weights), self.symbol is not None
+        )
         return pruned(graph)
 
 

@@ -1,4 +1,4 @@
-"""What a walk knows about the values of a graph: affine maps from anchors, pieces of parents, and how bounds were derived."""
+"""What a walk knows about the values of a graph: maps from anchors, pieces of parents, how bounds were derived."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from lipcert.bounds.affine import AffineMap, add
+from lipcert.bounds.affine import AffineMap, add, identity
 from lipcert.bounds.core import Bound
 from lipcert.bounds.graph import Node
 from lipcert.bounds.layout import Layout
@@ -43,8 +43,8 @@ class Rounding:
     """Bound the error that one floating-point operator adds to the exact operator on its computed arguments, in l2.
 
     With γ of the precision: Σ_i γ_{n_i}·S_i·‖argument_i‖ + γ_output·‖result‖ + γ_n·‖constant‖ + absolute, plus what can
-    underflow (`operations` per output entry). `float64_only`: proved for how `Program` evaluates the operator, not for
-    torch's own float32 kernel.
+    underflow (`operations` per output entry). Evaluated by `Program` itself, inner products are cut into `blocks`,
+    which shortens them. `float64_only`: proved for that evaluation, not for torch's own kernel.
     """
 
     inputs: tuple[tuple[int, float], ...] = ()
@@ -53,6 +53,14 @@ class Rounding:
     absolute: float = 0.0
     operations: int = 0
     float64_only: bool = False
+    blocks: int = 1
+
+    def length(self, count: int) -> int:
+        """Return the roundings of an inner product of `count`, if it is summed in blocks."""
+        return count if self.blocks == 1 else -(-count // self.blocks) + self.blocks + 4
+
+
+EXACT = Rounding()
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,9 @@ class Derivation:
     reason: str = ""  # why there is no bound
 
 
+Anchor = tuple["Value", int]  # a value, and which of its dimensions holds the channels
+
+
 @dataclass(eq=False)
 class Value:
     """What is known about one node while the walk needs it."""
@@ -86,8 +97,9 @@ class Value:
     index: int
     step: Step
     forked: bool
-    representations: dict[tuple[Value, int], Representation] = field(default_factory=dict)
-    own: dict[tuple[Value, int], Representation] = field(default_factory=dict)
+    device: torch.device
+    representations: dict[Anchor, Representation] = field(default_factory=dict)
+    own: dict[Anchor, Representation] = field(default_factory=dict)
     pieces: dict[Value, Piece] = field(default_factory=dict)
     candidates: list[Callable[[], Derivation]] = field(default_factory=list)
     merged: tuple[int, int] = (1, 1)  # the batch dimension is merged (outer) · images · (inner)
@@ -97,8 +109,45 @@ class Value:
     def shape(self) -> tuple[int, ...]:
         return self.node.shape
 
+    def identity(self, channel: int | None) -> tuple[Anchor, Representation]:
+        """Return the value as an anchor of its own, with a dimension for its channels (a guess by rank if None)."""
+        if channel is None:
+            free = [d for d in range(len(self.shape)) if d != self.node.batch]
+            channel = free[0] if len(free) != 2 else free[-1]  # (c, h, w), (tokens, c), (c,)
+        anchor = (self, channel)
+        if anchor not in self.own:
+            layout = Layout.of(self.shape, self.node.batch, channel)
+            grid = layout.size("h"), layout.size("w")
+            self.own[anchor] = Representation(identity(layout.size("c"), grid, self.device), layout)
+        return anchor, self.own[anchor]
 
-Anchor = tuple[Value, int]  # a value, and which of its dimensions holds the channels
+    def carriers(self, channel: int | None = None) -> dict[Anchor, Representation]:
+        """Return the maps that the value is known by; it is an anchor itself if it has several consumers or no map."""
+        table = {**self.representations, **self.own}
+        if not table or (self.forked and not self.own):
+            anchor, representation = self.identity(channel)
+            table[anchor] = representation
+        return table
+
+    def relabelled(self, channel: int, transform: Transform) -> dict[Anchor, Representation]:
+        """Return what `transform` makes of anchors that the value is a mere view of, their channels chosen to fit.
+
+        An identity stays one whichever dimension of the anchor is called its channels.
+        """
+        made = {}
+        for (anchor, old), known in {**self.representations, **self.own}.items():
+            if not known.map.identity or len(known.layout.dims[channel]) != 1:
+                continue
+            before = Layout.of(anchor.shape, anchor.node.batch, old).dims
+            new = before.index(known.layout.dims[channel])
+            key, own = anchor.identity(new)
+            pairs = zip(before, own.layout.dims, strict=True)
+            names = {a: b for one, two in pairs for a, b in zip(one, two, strict=True)}
+            dims = tuple(tuple(names[axis] for axis in dim) for dim in known.layout.dims)
+            found = transform(replace(own, layout=replace(own.layout, dims=dims), members=known.members))
+            if found is not None:
+                made[key] = found
+        return made
 
 
 def added(a: Representation, b: Representation) -> Representation | None:

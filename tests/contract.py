@@ -46,7 +46,7 @@ def _bounded_at_every_weight(make: Make, shape: tuple[int, ...]) -> None:
         upper = audit(plain, shape).upper.require_upper()
         for seed in range(3):
             x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-            assert jacobian_norm(plain, x) <= upper
+            assert jacobian_norm(plain, x) <= upper * (1 + 1e-9)  # the Jacobian is rounded too
 
 
 def _exported_function_is_the_same(make: Make, shape: tuple[int, ...]) -> None:

@@ -1,9 +1,9 @@
 """Entrywise functions, and arithmetic of values with constants.
 
-An entrywise function has the Lipschitz constant sup|f'| in l2. The slopes are those of ../reference bounds 3.1, computed
-to 16 digits with mpmath and rounded up by one unit in the last place; they are global, over all real inputs. Rounding:
-functions of the C library and of vectorised kernels are allowed 64 units in the last place, of the result or of the
-argument, whichever a formula with cancellation needs.
+An entrywise function has the Lipschitz constant sup|f'| in l2. The slopes are those of ../reference bounds 3.1,
+computed to 16 digits with mpmath and rounded up by one unit in the last place; they are global, over all real inputs.
+Rounding: functions of the C library and of vectorised kernels are allowed 64 units in the last place, of the result or
+of the argument, whichever a formula with cancellation needs.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from lipcert.bounds.core import Bound, BoundError, rule
 from lipcert.bounds.graph import Node, Ref
 from lipcert.bounds.propagation import Context
 from lipcert.bounds.rounding import enlarge, mul_up, sqrt_up, up
-from lipcert.bounds.values import ONE, Representation, Rounding, Value, broadcast
+from lipcert.bounds.values import EXACT, ONE, Representation, Rounding, Value, broadcast
 
-EXACT = Rounding()
 LIBRARY = Rounding(inputs=((64, 1.0),), output=64, operations=8)
 
 _SLOPES = {
@@ -90,8 +89,8 @@ def elu(node: Node, context: Context) -> Value:
 def softplus(node: Node, context: Context) -> Value:
     """Bound softplus log(1 + e^(βx))/β by 1.
 
-    PyTorch returns x itself above a threshold, which is off by at most e^(-threshold)/β per entry: that step is an error
-    of the evaluation here, not part of the function.
+    PyTorch returns x itself above a threshold, which is off by at most e^(-threshold)/β per entry: that step is an
+    error of the evaluation here, not part of the function.
     """
     x = context.data(node, "self")
     beta, threshold = float(node["beta"]), float(node["threshold"])
@@ -135,7 +134,9 @@ def _extremum(node: Node, context: Context, values: list[Value]) -> Value:
 # -------------------------------------------------------------------------------------------------- arithmetic
 
 
-@rule("aten.add.Tensor", "aten.add.Scalar", "aten.sub.Tensor", "aten.sub.Scalar", "aten.rsub.Tensor", "aten.rsub.Scalar")
+@rule(
+    "aten.add.Tensor", "aten.add.Scalar", "aten.sub.Tensor", "aten.sub.Scalar", "aten.rsub.Tensor", "aten.rsub.Scalar"
+)
 def addition(node: Node, context: Context) -> Value:
     """Bound a ± alpha·b: the sum of two maps of a common anchor is one map, else L_a + |alpha| L_b; constants shift."""
     alpha = float(node["alpha"])
@@ -158,7 +159,9 @@ def multiplication(node: Node, context: Context) -> Value:
     """Bound the product with a constant, entry by entry: a diagonal map, of norm max|c|. Two data factors: no bound."""
     values = [context.live[name] for name in node.inputs]
     if len(values) == 2:
-        return context.unbounded(node, values, "product of two values that depend on the input; their ranges are not known")
+        return context.unbounded(
+            node, values, "product of two values that depend on the input; their ranges are not known"
+        )
     factor = context.constant(node, "other" if isinstance(node["self"], Ref) else "self")
     if factor is None:
         raise BoundError(f"{node.op} without a factor ({node.place})")
@@ -167,10 +170,12 @@ def multiplication(node: Node, context: Context) -> Value:
 
 @rule("aten.div.Tensor", "aten.div.Scalar")
 def division(node: Node, context: Context) -> Value:
-    """Bound the quotient by a constant: a diagonal map, of norm max|1/c|. A divisor that depends on the input: no bound."""
+    """Bound the quotient by a constant: a diagonal map, of norm max|1/c|. A data divisor: no bound."""
     values = [context.live[name] for name in node.inputs]
     if isinstance(node["other"], Ref):
-        return context.unbounded(node, values, "the divisor depends on the input; how close it comes to zero is not known")
+        return context.unbounded(
+            node, values, "the divisor depends on the input; how close it comes to zero is not known"
+        )
     divisor = context.constant(node, "other")
     if divisor is None or bool((divisor == 0.0).any()):
         raise BoundError(f"division by zero ({node.place})")
@@ -195,15 +200,16 @@ def steep(node: Node, context: Context) -> Value:
       "aten.div.Tensor_mode", "aten.div.Scalar_mode", "aten.heaviside.default")  # fmt: skip
 def jump(node: Node, context: Context) -> Value:
     """Give no bound: a function with jumps has no Lipschitz constant."""
-    return context.unbounded(node, [context.live[n] for n in node.inputs], "the function jumps: no Lipschitz constant exists")
+    return context.unbounded(
+        node, [context.live[n] for n in node.inputs], "the function jumps: no Lipschitz constant exists"
+    )
 
 
-def scale(
-    node: Node, context: Context, x: Value, factor: Tensor, rounding: Rounding, *, roundings: int = 0
-) -> Value:
+def scale(node: Node, context: Context, x: Value, factor: Tensor, rounding: Rounding, *, roundings: int = 0) -> Value:
     """Return the value of factor·x + const, broadcast to the node; `factor` is exact up to so many roundings.
 
-    A factor that varies along the channels alone is a diagonal matrix and fuses; one that varies over positions does not.
+    A factor that varies along the channels alone is a diagonal matrix and fuses; one that varies over positions does
+    not.
     """
     context.aligned(node, x)
     full = factor.reshape((1,) * (len(node.shape) - factor.ndim) + tuple(factor.shape))
@@ -225,7 +231,13 @@ def scale(
     if channel is not None and (channel < 0 or x.shape[channel] == 1):
         channel = None
     return context.linear(
-        node, x, transform, channel=channel, norm=lambda: Bound(norm, "upper", "diagonal"), cheap=norm, rounding=rounding
+        node,
+        x,
+        transform,
+        channel=channel,
+        norm=lambda: Bound(norm, "upper", "diagonal"),
+        cheap=norm,
+        rounding=rounding,
     )
 
 

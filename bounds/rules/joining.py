@@ -1,7 +1,7 @@
 """Operators that put values together or repeat them: concatenation, writing into slices, expansion.
 
-Concatenated values have √ΣL_i², in general; pieces of one parent that do not overlap have max L_i (`Piece`), and maps of
-one anchor stack to one map, whose norm is taken once.
+Concatenated values have √ΣL_i², in general; pieces of one parent that do not overlap have max L_i (`Piece`), and maps
+of one anchor stack to one map, whose norm is taken once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def cat(node: Node, context: Context) -> Value:
         rows = [next(data) if isinstance(item, Ref) else _length(item, dim, stacked) for item in items]
         return _stacked(rows, dim, stacked)
 
-    return context.nonlinear(node, values, ONE, representations=_together(context, values, join))
+    return context.nonlinear(node, values, ONE, representations=_together(values, join))
 
 
 @rule("aten.slice_scatter.default", "aten.select_scatter.default")
@@ -58,7 +58,7 @@ def scatter(node: Node, context: Context) -> Value:
         return added(left, right) if left is not None and right is not None else left or right
 
     values = [*base, *source]
-    return context.nonlinear(node, values, ONE, representations=_together(context, values, join))
+    return context.nonlinear(node, values, ONE, representations=_together(values, join))
 
 
 @rule("aten.copy.default")
@@ -86,10 +86,10 @@ def repeat(node: Node, context: Context) -> Value:
 
 
 def _together(
-    context: Context, values: Sequence[Value], join: Callable[[Sequence[Representation]], Representation | None]
+    values: Sequence[Value], join: Callable[[Sequence[Representation]], Representation | None]
 ) -> dict[Anchor, Representation]:
     """Return what `join` makes of the maps from each anchor that all values share."""
-    tables = [context.carriers(x, None) for x in values]
+    tables = [x.carriers() for x in values]
     made = {}
     for anchor in tables[0]:
         if all(anchor in table for table in tables):
@@ -100,7 +100,7 @@ def _together(
 
 
 def _same_images(node: Node, context: Context, values: Sequence[Value], dim: int, *, removed: bool) -> None:
-    """Raise BoundError unless all values count the images in the dimension that the result does, and that is not `dim`."""
+    """Raise BoundError unless all values count the images where the result does, and that is not `dim`."""
     batch = node.batch
     if batch is None:
         return
@@ -150,13 +150,17 @@ def _embedded(given: Representation, dim: int, indices: list[int], size: int, si
         order, mask = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.float64)
         order[indices], mask[indices] = torch.arange(len(indices)), 1.0
         rows = given.map.rows(order)
-        return rows and replace(given, map=rows.scaled(mask).trimmed(), layout=given.layout.placed(dim, "c", size))
+        return (
+            None
+            if rows is None
+            else replace(given, map=rows.scaled(mask).trimmed(), layout=given.layout.placed(dim, "c", size))
+        )
     for axis, name in enumerate("hw"):
         if given.layout.is_axis(dim, name) and indices == list(range(indices[0], indices[-1] + 1)):
             delta, out = [0, 0], list(given.map.out)
             delta[axis], out[axis] = -indices[0], size
             fused = compose(shift(given.map, delta, out, [1, 1]), given.map)
-            return fused and replace(given, map=fused, layout=given.layout.placed(dim, name, size))
+            return None if fused is None else replace(given, map=fused, layout=given.layout.placed(dim, name, size))
     return None
 
 
@@ -175,5 +179,3 @@ def _expanded(node: Node, context: Context, x: Value) -> Value:
         return broadcast(replace(given, layout=replace(given.layout, dims=dims)), node.shape)
 
     return context.linear(node, x, transform, norm=lambda: norm, cheap=norm.value)
-
-

@@ -19,6 +19,7 @@ from torch import Tensor
 from lipcert.bounds.affine import AffineMap, compose, pointwise, segment_bound
 from lipcert.bounds.convolution import conv_norm_upper
 from lipcert.bounds.core import BoundError, rule
+from lipcert.bounds.evaluation import block_count
 from lipcert.bounds.graph import Node, Ref
 from lipcert.bounds.layout import Layout
 from lipcert.bounds.matrix import spectral_norm_upper
@@ -43,7 +44,8 @@ def convolution(node: Node, context: Context) -> Value:
     extents = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
     padding = node["padding"]
     before = [e // 2 if padding == "same" else 0 for e in extents] if isinstance(padding, str) else _each(padding, axes)
-    rounding = _rounding(node, context, weight, weight[0].numel())
+    blocks = block_count(weight.shape[1], weight[0].numel()) if node["groups"] == 1 else 1
+    rounding = _rounding(node, context, weight, weight[0].numel(), blocks=blocks)
     if axes == 3:
         norm = cache(
             lambda: conv_norm_upper(
@@ -92,14 +94,17 @@ def linear(node: Node, context: Context) -> Value:
     weight = _weight(node, context, "weight")
     if weight is None:
         return context.unbounded(node, [x], "the weight matrix depends on the input")
-    return contraction(node, context, x, weight, len(x.shape) - 1)
+    blocks = block_count(weight.shape[1], weight.shape[1])
+    return contraction(node, context, x, weight, len(x.shape) - 1, blocks=blocks)
 
 
 @rule("aten.addmm.default")
 def addmm(node: Node, context: Context) -> Value:
     """Bound beta·bias + alpha·xM for a constant matrix M, as `linear`."""
     if not isinstance(node["mat1"], Ref) or isinstance(node["mat2"], Ref) or isinstance(node["self"], Ref):
-        return context.unbounded(node, [context.live[n] for n in node.inputs], "product of two values that depend on the input")
+        return context.unbounded(
+            node, [context.live[n] for n in node.inputs], "product of two values that depend on the input"
+        )
     x, matrix = context.data(node, "mat1"), context.constant(node, "mat2")
     if matrix is None or float(node["alpha"]) != 1.0:
         raise BoundError(f"addmm with alpha = {node['alpha']} has no rule ({node.place}); scale the matrix instead")
@@ -132,7 +137,9 @@ def matmul(node: Node, context: Context) -> Value:
     return context.linear(node, x, None, norm=norm, cheap=size, rounding=rounding)
 
 
-def contraction(node: Node, context: Context, x: Value, matrix: Tensor, dim: int, bias: str = "bias") -> Value:
+def contraction(
+    node: Node, context: Context, x: Value, matrix: Tensor, dim: int, *, bias: str = "bias", blocks: int = 1
+) -> Value:
     """Return the value of a matrix (k, d) applied along dimension `dim` of x, of size d.
 
     Where that dimension holds the channels, positions stay; where it holds whole (c, h, w) arrays, as after a flatten,
@@ -157,7 +164,7 @@ def contraction(node: Node, context: Context, x: Value, matrix: Tensor, dim: int
     norm = cache(lambda: spectral_norm_upper(matrix, context.method))
     return context.linear(
         node, x, transform, channel=dim, norm=norm, cheap=schur(matrix),
-        rounding=_rounding(node, context, matrix, matrix.shape[1], bias),
+        rounding=_rounding(node, context, matrix, matrix.shape[1], bias, blocks),
     )  # fmt: skip
 
 
@@ -208,18 +215,23 @@ def _each(value: int | list[int] | tuple[int, ...], axes: int) -> list[int]:
     return given * axes if len(given) == 1 else given
 
 
-def _rounding(node: Node, context: Context, weight: Tensor, length: int, bias: str = "bias") -> Rounding:
+def _rounding(
+    node: Node, context: Context, weight: Tensor, length: int, bias: str = "bias", blocks: int = 1
+) -> Rounding:
     """Return the rounding of inner products of this length, in l2 over all outputs, the bias included."""
     offset = context.constant(node, bias) if bias in node.arguments else None
     constant = 0.0
     if offset is not None:
         norm = enlarge(float(torch.linalg.vector_norm(offset)), offset.numel() + 2)
         constant = mul_up(norm, sqrt_up(div_up(math.prod(node.shape), offset.numel())))
-    return Rounding(((length + 3, schur(weight)),), constant=(length + 3, constant), operations=2 * length + 2)
+    return Rounding(
+        ((length + 3, schur(weight)),), constant=(length + 3, constant), operations=2 * length + 2, blocks=blocks
+    )
 
 
 def schur(weight: Tensor) -> float:
-    """Return an upper bound of ‖|W|‖ for a matrix or a kernel (c_out, c_in, *k), in either direction, by the Schur test.
+    """Return an upper bound of ‖|W|‖ for a matrix or a kernel (c_out, c_in, *k), in either direction, by the Schur
+    test.
 
     √(largest sum of a row · largest sum of a column), rows and columns taken over all taps; in a kernel with groups the
     columns add up rows of other groups as well, which only enlarges the bound.

@@ -82,8 +82,8 @@ def instance_norm(node: Node, context: Context) -> Value:
 def _normalised(node: Node, context: Context, x: Value, shape: Sequence[int]) -> Value:
     """Return the value of weight·(x - mean)/√(var + ε) + bias over groups of ∏shape entries.
 
-    Rounding, for the two-pass evaluation of `Program` (mean, difference d, mean of d², quotient): the computed d errs by
-    γ_{D+2}‖x‖, and d ↦ d/√(mean d² + ε) is (1/√ε)-Lipschitz; all later operations are relative errors of the result.
+    Rounding, for the two-pass evaluation of `Program` (mean, difference d, mean of d², quotient): the computed d errs
+    by γ_{D+2}‖x‖, and d ↦ d/√(mean d² + ε) is (1/√ε)-Lipschitz; all later operations are relative errors of the result.
     """
     if isinstance(node["weight"], Ref) or isinstance(node["bias"], Ref):
         values = [context.live[name] for name in node.inputs]
@@ -101,7 +101,11 @@ def _normalised(node: Node, context: Context, x: Value, shape: Sequence[int]) ->
         copies = math.prod(x.shape) // bias.numel()
         constant = mul_up(enlarge(_norm(bias), bias.numel() + 2), sqrt_up(float(copies)))
     rounding = Rounding(
-        ((count + 3, slope),), output=count + 16, constant=(count + 16, constant), operations=2 * count + 8, float64_only=True
+        ((count + 3, slope),),
+        output=count + 16,
+        constant=(count + 16, constant),
+        operations=2 * count + 8,
+        float64_only=True,
     )
     return context.nonlinear(node, [x], Bound(slope, "upper", "1/√ε"), rounding=rounding)
 

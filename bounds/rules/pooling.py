@@ -1,8 +1,8 @@
 """Means, maxima and sorting along dimensions, and pooling over windows.
 
 Averages are linear and fuse where they are convolutions (windows of one size, zero padding counted); other averages act
-on each axis alone and have the norm of a Kronecker product. A maximum over windows is at most √(windows that contain one
-pixel)-Lipschitz, and exactly that (../reference bounds 1.4).
+on each axis alone and have the norm of a Kronecker product. A maximum over windows is at most √(windows that contain
+one pixel)-Lipschitz, and exactly that (../reference bounds 1.4).
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def center(node: Node, context: Context) -> Value:
         if len(dims) != 1 or not found.layout.is_axis(dims[0], "c"):
             return None
         matrix = torch.eye(count, dtype=torch.float64, device=found.map.taps.device) - 1.0 / count
-        projection = replace(pointwise(matrix, found.map.out), error=count * 2.0**-51)  # each entry errs by less than 4u
+        projection = replace(
+            pointwise(matrix, found.map.out), error=count * 2.0**-51
+        )  # each entry errs by less than 4u
         fused = compose(projection, found.map)
         return None if fused is None else replace(found, map=fused)
 
@@ -120,7 +122,7 @@ def sort(node: Node, context: Context) -> Value:
 @rule("aten.max_pool1d.default", "aten.max_pool2d.default", "aten.max_pool3d.default",
       "aten.max_pool2d_with_indices.default")  # fmt: skip
 def max_pool(node: Node, context: Context) -> Value:
-    """Bound max pooling by √(largest number of windows that contain one pixel), counted axis by axis; 1 without overlap."""
+    """Bound max pooling by √(largest number of windows that contain one pixel), axis by axis; 1 without overlap."""
     x = context.data(node, "self")
     _values_only(node)
     sides, kernel, stride, padding = _windows(node, context, x)
@@ -183,7 +185,13 @@ def adaptive_avg_pool(node: Node, context: Context) -> Value:
 
 
 def _mean_of_windows(
-    node: Node, context: Context, x: Value, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], divisor: int
+    node: Node,
+    context: Context,
+    x: Value,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    divisor: int,
 ) -> Value:
     """Return the value of a sum over windows, zeros outside, divided by `divisor`."""
     axes = len(kernel)
@@ -194,8 +202,7 @@ def _mean_of_windows(
         kernel, stride, padding = [1, *kernel], [1, *stride], [0, *padding]
     grid, out = _grid(x.shape, axes), _grid(node.shape, axes)
     shifts = tuple((a - padding[0], b - padding[1]) for a in range(kernel[0]) for b in range(kernel[1]))
-    like = next(iter(context.graph.weights.values()), torch.zeros(()))
-    taps = like.new_ones((len(shifts), x.shape[1], 1, 1), dtype=torch.float64)
+    taps = torch.ones(len(shifts), x.shape[1], 1, 1, dtype=torch.float64, device=x.device)
     window = AffineMap(taps, shifts, grid, out, stride=(stride[0], stride[1]))
     roundings = 0 if divisor & (divisor - 1) == 0 else 1
     second = window.scaled(torch.tensor([1.0 / divisor], dtype=torch.float64), roundings)

@@ -13,7 +13,7 @@ from lipcert.bounds.values import ONE, Rounding, Value
 
 @rule("aten.linalg_vector_norm.default", "aten.norm.ScalarOpt_dim", "aten.norm.ScalarOpt_dim_dtype")
 def vector_norm(node: Node, context: Context) -> Value:
-    """Bound p-norms over disjoint groups: | ‖a‖_p - ‖b‖_p | ≤ ‖a-b‖_p ≤ ‖a-b‖₂ for p ≥ 2, ≤ n^(1/p-1/2)‖a-b‖₂ for p < 2."""
+    """Bound p-norms over disjoint groups: | ‖a‖_p - ‖b‖_p | ≤ ‖a-b‖_p ≤ ‖a-b‖₂ for p ≥ 2, √n‖a-b‖₂ for p = 1."""
     x = context.data(node, "self")
     order = node["ord"] if "ord" in node.arguments else node["p"]
     order = 2.0 if order is None else float(order)

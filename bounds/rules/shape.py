@@ -1,9 +1,9 @@
 """Operators that move entries: views, slices, padding, rolling.
 
 Each output entry is one input entry or a constant, so the norm is the root of the largest number of copies of an entry:
-1 for anything that does not repeat. Most of them change an affine map exactly: channels are rows of its kernel, positions
-are shifts of its taps. A slice also remembers which part of its parent it is (`Piece`), so that putting parts together
-again costs max L_i and not √ΣL_i².
+1 for anything that does not repeat. Most of them change an affine map exactly: channels are rows of its kernel,
+positions are shifts of its taps. A slice also remembers which part of its parent it is (`Piece`), so that putting parts
+together again costs max L_i and not √ΣL_i².
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from lipcert.bounds.rounding import sqrt_up
 from lipcert.bounds.values import ONE, Piece, Representation, Transform, Value
 
 
-@rule("aten.alias.default", "aten.contiguous.default", "aten.clone.default", "aten.detach.default", "aten.detach_.default",
-      "aten.lift_fresh_copy.default")  # fmt: skip
+@rule(*(f"aten.{name}.default" for name in "alias contiguous clone detach detach_ lift_fresh_copy".split()))
 def unchanged(node: Node, context: Context) -> Value:
     """Pass a value on: norm 1. (`detach` is the identity, whatever automatic differentiation says.)"""
     x = context.data(node, "self")
@@ -34,7 +33,7 @@ def unchanged(node: Node, context: Context) -> Value:
 
 @rule("aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_dropout.default")
 def dropout(node: Node, context: Context) -> Value:
-    """Pass a value on: dropout at inference is the identity, norm 1 and not 1 - p. While training it is random: error."""
+    """Pass a value on: dropout at inference is the identity, norm 1 and not 1 - p; while training it is an error."""
     if node["train"]:
         raise BoundError(f"{node.op} is random while training ({node.place}); call eval()")
     return isometry(node, context, context.data(node, "input"), lambda given: given)
@@ -109,8 +108,9 @@ def flip(node: Node, context: Context) -> Value:
 
     def transform(given: Representation) -> Representation | None:
         for dim in dims:
-            rows = given.layout.is_axis(dim, "c") and given.map.rows(torch.arange(given.map.c_out - 1, -1, -1))
-            if not rows:
+            order = torch.arange(given.map.c_out - 1, -1, -1)
+            rows = given.map.rows(order) if given.layout.is_axis(dim, "c") else None
+            if rows is None:
                 return None
             given = replace(given, map=rows)
         return given
@@ -194,7 +194,7 @@ def pixel_shuffle(node: Node, context: Context) -> Value:
     return context.linear(node, x, None, norm=lambda: ONE, cheap=1.0)
 
 
-# ------------------------------------------------------------------------------------------------- the work of the rules
+# ----------------------------------------------------------------------------------------- the work of the rules
 
 
 def isometry(node: Node, context: Context, x: Value, transform: Transform | None) -> Value:
@@ -209,7 +209,7 @@ def _cut(node: Node, context: Context, x: Value, dim: int, indices: list[int], *
 
     def transform(given: Representation) -> Representation | None:
         found = _selected(given, dim, indices)
-        return found and replace(found, layout=found.layout.without([dim]) if drop else found.layout)
+        return None if found is None else replace(found, layout=found.layout.without([dim]) if drop else found.layout)
 
     value = context.linear(node, x, transform, norm=lambda: norm, cheap=norm.value)
     value.pieces[x] = Piece(dim, frozenset(indices), lambda: norm, frozenset({value.index}))
@@ -221,14 +221,14 @@ def _selected(given: Representation, dim: int, indices: list[int]) -> Representa
     m, layout = given.map, given.layout
     if layout.is_axis(dim, "c"):
         rows = m.rows(torch.tensor(indices, dtype=torch.int64))
-        return rows and replace(given, map=rows, layout=layout.placed(dim, "c", len(indices)))
+        return None if rows is None else replace(given, map=rows, layout=layout.placed(dim, "c", len(indices)))
     for axis, name in enumerate("hw"):
         step = indices[1] - indices[0] if len(indices) > 1 else 1
         if layout.is_axis(dim, name) and step > 0 and indices == list(range(indices[0], indices[-1] + 1, step)):
             delta, out, stride = [0, 0], list(m.out), [1, 1]
             delta[axis], out[axis], stride[axis] = indices[0], len(indices), step
             fused = compose(shift(m, delta, out, stride), m)
-            return fused and replace(given, map=fused, layout=layout.placed(dim, name, len(indices)))
+            return None if fused is None else replace(given, map=fused, layout=layout.placed(dim, name, len(indices)))
     return None
 
 
@@ -236,13 +236,13 @@ def _rolled(given: Representation, dim: int, step: int) -> Representation | None
     m, layout = given.map, given.layout
     if layout.is_axis(dim, "c"):
         rows = m.rows((torch.arange(m.c_out) - step) % m.c_out)
-        return rows and replace(given, map=rows)
+        return None if rows is None else replace(given, map=rows)
     for axis, name in enumerate("hw"):
         if layout.is_axis(dim, name):
             delta, wrap = [0, 0], [False, False]
             delta[axis], wrap[axis] = -step, True
             fused = compose(shift(m, delta, m.out, [1, 1], wrap), m)
-            return fused and replace(given, map=fused)
+            return None if fused is None else replace(given, map=fused)
     return None
 
 
@@ -262,7 +262,7 @@ def _padded(given: Representation, dim: int, before: int, after: int, circular: 
             delta, out, wrap = [0, 0], list(m.out), [False, False]
             delta[axis], out[axis], wrap[axis] = -before, m.out[axis] + before + after, circular
             fused = compose(shift(m, delta, out, [1, 1], wrap), m)
-            return fused and replace(given, map=fused, layout=layout.placed(dim, name, out[axis]))
+            return None if fused is None else replace(given, map=fused, layout=layout.placed(dim, name, out[axis]))
     return None
 
 
@@ -271,7 +271,7 @@ def shift(
 ) -> AffineMap:
     """Return the map y[i] = x[stride·i + delta] on what `m` writes."""
     return replace(
-        identity(m.c_out, m.out, m.taps), shifts=((delta[0], delta[1]),), out=(out[0], out[1]),
+        identity(m.c_out, m.out, m.taps.device), shifts=((delta[0], delta[1]),), out=(out[0], out[1]),
         stride=(stride[0], stride[1]), wrap=(wrap[0], wrap[1]),
     )  # fmt: skip
 

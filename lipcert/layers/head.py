@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lipcert.layers.precision import own_precision
+
 
 class NormalizedLinear(nn.Module):
     """Linear layer with l2-normalised rows; the raw parameter is `raw` (out, in), the effective one the property
@@ -25,7 +27,7 @@ class NormalizedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:  # (out, in), rows of norm 1 (0 where the raw row is 0)
-        with torch.autocast(self.raw.device.type, enabled=False):
+        with own_precision(self.raw):
             return F.normalize(self.raw, dim=1, eps=torch.finfo(self.raw.dtype).tiny)
 
     def forward(self, x: Tensor) -> Tensor:  # (n, in) -> (n, out)
@@ -47,6 +49,6 @@ def pairwise_distances(weight: Tensor) -> Tensor:
 
     The distances of *differences*, not of a Gram matrix: equal rows give exactly 0.
     """
-    with torch.autocast(weight.device.type, enabled=False):
+    with own_precision(weight):
         difference = weight[:, None] - weight[None]  # (K, K, d)
         return torch.linalg.vector_norm(difference, dim=2)

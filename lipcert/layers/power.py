@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
+from lipcert.layers.precision import own_precision
+
 Segment = tuple[nn.Module, tuple[int, ...]]  # an affine module and its input shape (c, h, w) or (d,)
 
 
@@ -40,10 +42,9 @@ class PowerIteration(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         for number, members in enumerate(self._groups):
             module, shape = self._segments[members[0]]
-            like = next(module.parameters())
-            start = torch.randn(len(members), math.prod(shape), generator=generator)
-            if like.device.type != "meta":
-                start = start.to(like.device)
+            start = torch.randn(len(members), math.prod(shape), generator=generator, device="cpu")
+            like = next(module.parameters(), start)
+            start = torch.empty_like(start, device="meta") if like.is_meta else start.to(like.device)
             self.register_buffer(f"vectors{number}", _normalise(start))  # (segments, entries)
 
     def forward(self, iterations: int = 1) -> list[Tensor]:
@@ -54,7 +55,7 @@ class PowerIteration(nn.Module):
             shape = self._segments[members[0]][1]
             buffer = getattr(self, f"vectors{number}")
             vectors = buffer.view(len(members), 1, *shape)
-            with torch.autocast(vectors.device.type, enabled=False):
+            with own_precision(vectors):
                 parameters = _stack(modules)
                 vectors = _iterate(modules[0], parameters, vectors, iterations)
                 images = vmap(_apply(modules[0]))(parameters, vectors)

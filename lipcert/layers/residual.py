@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lipcert.layers.precision import own_precision
+
 
 class LiResConv(nn.Module):
     """`x + scale * conv(x)`, computed as one convolution with the kernel `I + scale * W`.
@@ -37,7 +39,7 @@ class LiResConv(nn.Module):
 
     @property
     def weight(self) -> Tensor:  # (dim, dim, k, k)
-        with torch.autocast(self.branch.device.type, enabled=False):
+        with own_precision(self.branch):
             eye = torch.eye(self.dim, device=self.branch.device, dtype=self.branch.dtype)
             pad = self.kernel_size // 2
             return F.pad(eye[:, :, None, None], (pad, pad, pad, pad)) + self.scale.view(-1, 1, 1, 1) * self.branch

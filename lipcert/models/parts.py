@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lipcert.errors import InputError
 from lipcert.layers import CenterNorm, DropPath, LiResConv, MaxMin, Shift, convolve
 from lipcert.layers.power import Segment
+from lipcert.layers.precision import own_precision
 
 
 class Part(nn.Module):
@@ -128,7 +129,7 @@ class ShiftMix(nn.Module):
 
     @property
     def weight(self) -> Tensor:  # (dim, dim, k, k)
-        with torch.autocast(self.branch.device.type, enabled=False):
+        with own_precision(self.branch):
             weight = self.scale.view(-1, 1, 1, 1) * self.branch
             if self.center:
                 weight = weight - weight.mean(1, keepdim=True)

@@ -68,7 +68,7 @@ def shiftvit(
     patch_size: int = 4,
 ) -> PartNetwork:
     """Build the original ShiftViT."""
-    rates = torch.linspace(0, drop_path, sum(depths)).tolist()
+    rates = _rising(drop_path, sum(depths))
     parts: list[Part | nn.Module] = [
         nn.Sequential(_conv(in_chans, embed_dim, patch_size, img_size), nn.GroupNorm(1, embed_dim))
     ]
@@ -168,7 +168,7 @@ def lipshift_published(
 ) -> LipShiFTPaper:
     """Build LipShiFT as released. `padding_quirk` pads every patch convolution by one, as its code does by accident."""
     padding = 1 if padding_quirk else 0
-    rates = torch.linspace(0, drop_path, sum(depths)).tolist()
+    rates = _rising(drop_path, sum(depths))
     dim, grid = embed_dim, (img_size + 2 * padding) // 2
     parts: list[Part | nn.Module] = [
         Affine((in_chans, img_size, img_size), _conv(in_chans, dim, 2, img_size, padding=padding), CenterNorm(dim)),
@@ -263,6 +263,11 @@ def lipshift(
     else:
         raise InputError(f"pool must be avg or l2, not {pool!r}")
     return PartNetwork(parts, NormalizedLinear(dim, num_classes))
+
+
+def _rising(last: float, count: int) -> list[float]:
+    """Return `count` rates from 0 to `last` in equal steps."""
+    return [last * i / max(1, count - 1) for i in range(count)]
 
 
 def _patch_size(img_size: int, stages: int) -> int:

@@ -119,15 +119,15 @@ def test_which_maps_fuse():
 
 
 def test_truncations_that_lose_nothing_fuse():
-    """A crop followed by zero padding is a shift; two valid convolutions are one; a periodic pad before one is a ring."""
-    crop = replace(identity(2, (6, 6), torch.zeros(())), shifts=((1, 0),), out=(5, 6))
-    pad = replace(identity(2, (5, 6), torch.zeros(())), out=(6, 6))
+    """A crop followed by zero padding is a shift; a periodic pad before a valid convolution is a ring."""
+    crop = replace(identity(2, (6, 6)), shifts=((1, 0),), out=(5, 6))
+    pad = replace(identity(2, (5, 6)), out=(6, 6))
     shift = compose(pad, crop)
     assert shift is not None and shift.shifts == ((1, 0),) and shift.out == (6, 6)
     assert torch.equal(dense(shift), dense(pad) @ dense(crop))
     other = replace(pad, shifts=((-1, 0),))  # padding on the other side puts the crop back in its place: a mask
     assert compose(other, crop) is None
-    around = replace(identity(2, (6, 6), torch.zeros(())), shifts=((-1, -1),), out=(8, 8), wrap=(True, True))
+    around = replace(identity(2, (6, 6)), shifts=((-1, -1),), out=(8, 8), wrap=(True, True))
     valid = replace(kernel(*itertools.product((0, 1, 2), (0, 1, 2)), n=(8, 8)), out=(6, 6))
     ring = compose(valid, around)
     assert ring is not None and ring.wrap == (True, True) and ring.out == ring.n == (6, 6)
@@ -136,19 +136,19 @@ def test_truncations_that_lose_nothing_fuse():
 
 def test_the_norm_of_a_periodic_residual_is_exact():
     ring = kernel(*SQUARE, wrap=(True, True), c=3)
-    block = add(identity(3, (6, 6), torch.zeros(())), ring.scaled(torch.tensor([0.3])))
+    block = add(identity(3, (6, 6)), ring.scaled(torch.tensor([0.3])))
     exact = norm(dense(block))
     assert exact <= segment_bound(block).value <= exact * (1 + 1e-8)
 
 
 def test_padding_by_copies_counts_the_copies():
-    around = replace(identity(1, (4, 4), torch.zeros(())), shifts=((-1, -1),), out=(6, 6), wrap=(True, True))
+    around = replace(identity(1, (4, 4)), shifts=((-1, -1),), out=(6, 6), wrap=(True, True))
     assert segment_bound(around).value == 2.0
     assert norm(dense(around)) == pytest.approx(2.0)
 
 
 def test_the_error_of_the_kernel_is_added():
-    m = replace(identity(2, (3, 3), torch.zeros(())), error=0.5)
+    m = replace(identity(2, (3, 3)), error=0.5)
     assert segment_bound(m).value == 1.5
     assert segment_bound(replace(m, taps=m.taps * 0)).value == 0.5
 
@@ -158,7 +158,10 @@ def test_composition_errors_cover_ill_conditioned_products():
     from fractions import Fraction
 
     generator = torch.Generator().manual_seed(3)
-    a, b = (torch.randn(6, 6, generator=generator, dtype=torch.float64) * 10.0 ** torch.arange(-9, 9, 3)[:, None] for _ in "ab")
+    a, b = (
+        torch.randn(6, 6, generator=generator, dtype=torch.float64) * 10.0 ** torch.arange(-9, 9, 3)[:, None]
+        for _ in "ab"
+    )
     fused = compose(pointwise(a, (1, 1)), pointwise(b, (1, 1)))
     worst = 0.0
     for i, j in itertools.product(range(6), range(6)):
@@ -177,8 +180,10 @@ def test_selections_compose_without_any_error():
 
 def test_a_kernel_that_would_be_too_large_does_not_fuse():
     c = 64
-    window = AffineMap(torch.ones(c * c, c, 1, 1, dtype=torch.float64), tuple(itertools.product(range(c), range(c))), (c, c), (1, 1))
+    window = AffineMap(
+        torch.ones(c * c, c, 1, 1, dtype=torch.float64), tuple(itertools.product(range(c), range(c))), (c, c), (1, 1)
+    )
     mixing = pointwise(torch.randn(c, c, dtype=torch.float64), (c, c))
-    assert c * c * c * c >= LARGEST and compose(window, identity(c, (c, c), mixing.taps)) is window
+    assert c * c * c * c >= LARGEST and compose(window, identity(c, (c, c))) is window
     small = replace(window, taps=window.taps, shifts=window.shifts)
     assert (compose(small, mixing) is None) == (c**4 > LARGEST)

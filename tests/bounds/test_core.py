@@ -19,7 +19,10 @@ values = st.floats(min_value=0.0, max_value=1e300, allow_nan=False)
 def test_upper_bounds_round_up_and_lower_bounds_round_down(a, b):
     upper = Bound(a, "upper", "a"), Bound(b, "upper", "b")
     lower = Bound(a, "lower", "a"), Bound(b, "lower", "b")
-    for combine, exact in ((lambda p: p[0] * p[1], Fraction(a) * Fraction(b)), (lambda p: p[0] + p[1], Fraction(a) + Fraction(b))):
+    for combine, exact in (
+        (lambda p: p[0] * p[1], Fraction(a) * Fraction(b)),
+        (lambda p: p[0] + p[1], Fraction(a) + Fraction(b)),
+    ):
         up, down = combine(upper), combine(lower)
         assert up.kind == "upper" and down.kind == "lower"
         assert math.isinf(up.value) or Fraction(up.value) >= exact
@@ -78,7 +81,9 @@ def test_unknown_operators_are_listed_together_with_a_near_name():
     error = unknown_operators([*rows, ("aten.fft.default", "other", "")])
     text = str(error)
     assert isinstance(error, BoundError)
-    assert "2 operators" in text and "aten.reluu.default: net.act at m.py:3; a rule exists for aten.relu.default" in text
+    assert (
+        "2 operators" in text and "aten.reluu.default: net.act at m.py:3; a rule exists for aten.relu.default" in text
+    )
     assert "aten.fft.default: top level and 1 more" in text
     assert unknown_operators(rows[:1]) is None
 

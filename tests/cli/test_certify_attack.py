@@ -160,7 +160,7 @@ def test_deployed_float32_radii_are_a_little_smaller(certified, classifier, tmp_
     assert json.loads((tmp_path / "summary.json").read_text())["precision"] == "float32"
 
 
-QUICK = ("--attacks", "apgd-ce,fab-t", "--batch-size", "8", "--limit", "16")
+QUICK = ("--attacks", "apgd-ce", "--batch-size", "8", "--limit", "16")
 
 
 def test_attack_confirms_sound_certificates(certified, classifier, capsys):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from contract import jacobian_norm, layer_contract
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -125,10 +125,11 @@ def test_dropout_costs_and_gains_nothing_at_inference(layer: nn.Module) -> None:
 def test_drop_path_keeps_the_mean() -> None:
     torch.manual_seed(0)
     dropped = DropPath(0.25)(torch.ones(4000, 1))
-    assert set(dropped.unique().tolist()) == {0.0, pytest.approx(4 / 3)}
+    assert dropped.unique().tolist() == pytest.approx([0.0, 4 / 3])
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.05)
 
 
+@settings(max_examples=15)
 @given(st.integers(0, 2**16), st.floats(0.0, 0.5))
 def test_linear_residual_is_cheaper_than_the_sum(seed: int, scale: float) -> None:
     torch.manual_seed(seed)

@@ -17,9 +17,9 @@ from lipcert.models.shiftvit import LipShiFTPaper, lipshift, lipshift_published
 from lipcert.registry import create_model, models
 
 SMALL = {  # small enough for a test, same code
-    "shiftvit": dict(embed_dim=16, depths=(1, 1), patch_size=2),
-    "lipshift": dict(embed_dim=12, depths=(1, 1), neck=16),
-    "lipshift_paper": dict(embed_dim=12, depths=(1, 1)),
+    "shiftvit": dict(embed_dim=16, depths=[1, 1], patch_size=2),
+    "lipshift": dict(embed_dim=12, depths=[1, 1], neck=16),
+    "lipshift_paper": dict(embed_dim=12, depths=[1, 1]),
 }
 ARGUMENTS = {
     name: SMALL["lipshift_paper"] if name == "lipshift_paper" else SMALL[name.split("_")[0]] for name in models.list()
@@ -71,7 +71,7 @@ def test_estimate_proof_and_attack_agree(residual: str, shift: str, circular: bo
     assert proof.head is not None
     proved = proof.head.penultimate.require_upper()
     one_operator = residual == "published" or shift != "branch" or circular
-    assert estimate <= proved * (1 + 1e-4)
+    # The estimate multiplies the parts; the proof may fuse two of them and then be smaller.
     assert proved <= estimate * (1.25 if one_operator else 4)
     assert lipschitz_lower(plain, (1, 8, 8), steps=10).value <= proof.upper.require_upper()
 
@@ -98,7 +98,7 @@ def test_shiftvit_has_the_published_size(name: str, millions: float) -> None:
 def _linear_paper_model() -> LipShiFTPaper:
     """The published network with its branches switched off: its product of norms is then nearly attained."""
     torch.manual_seed(0)
-    model = lipshift_published(num_classes=3, img_size=16, in_chans=3, embed_dim=12, depths=(1, 1), padding_quirk=False)
+    model = lipshift_published(num_classes=3, img_size=16, in_chans=3, embed_dim=12, depths=[1, 1], padding_quirk=False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(".scale"):
@@ -119,7 +119,7 @@ def test_a_pair_of_inputs_violates_the_published_formula_and_not_our_bound() -> 
 
 def test_published_formula_is_ours_times_factors_that_inference_does_not_have() -> None:
     torch.manual_seed(0)
-    arguments = dict(num_classes=3, img_size=16, in_chans=1, embed_dim=12, depths=(1, 1))
+    arguments = dict(num_classes=3, img_size=16, in_chans=1, embed_dim=12, depths=[1, 1])
     with_dropout = lipshift_published(**arguments)
     without = lipshift_published(**arguments, dropout=0.0, drop_path=0.0)
     without.load_state_dict(with_dropout.state_dict())
