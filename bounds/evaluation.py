@@ -2,7 +2,7 @@
 
 Layer, group and instance normalisation take two passes, so that the variance comes from the differences themselves.
 Long inner products of convolutions and matrices are summed in blocks: an error of γ_{n/b + b} instead of γ_n, a tenth
-for the usual sizes, at the same cost.
+for the usual sizes, at the same cost. hardsigmoid divides by 6, where torch multiplies by 1/6 rounded to float32.
 """
 
 from __future__ import annotations
@@ -83,6 +83,14 @@ def _instance_norm(node: Node, a: dict[str, Any], blocks: int) -> Tensor:
     return _group_norm(node, {**a, "num_groups": a["input"].shape[1]}, blocks)
 
 
+def _hardsigmoid(node: Node, a: dict[str, Any], blocks: int) -> Tensor:
+    return (a["self"] + 3.0).clamp(0.0, 6.0) / 6.0
+
+
+def _hardswish(node: Node, a: dict[str, Any], blocks: int) -> Tensor:
+    return a["self"] * _hardsigmoid(node, a, blocks)
+
+
 def _view(node: Node, a: dict[str, Any], blocks: int) -> Tensor:
     return a["self"].reshape(a["size"])  # what was contiguous in the model may not be here
 
@@ -91,6 +99,8 @@ _OWN: dict[str, Callable[[Node, dict[str, Any], int], Tensor]] = {
     **{f"aten.conv{d}d.{form}": _convolution for d in (1, 2, 3) for form in ("default", "padding")},
     "aten.linear.default": _linear,
     "aten.view.default": _view,
+    "aten.hardsigmoid.default": _hardsigmoid,
+    "aten.hardswish.default": _hardswish,
     "aten.layer_norm.default": _layer_norm,
     "aten.native_layer_norm.default": _layer_norm,
     "aten.group_norm.default": _group_norm,

@@ -30,8 +30,6 @@ class Layout:
     @classmethod
     def of(cls, shape: Sequence[int], batch: int | None, channel: int) -> Layout:
         """Return the layout of a new anchor: dimension `channel` holds the channels, the others are positions."""
-        if batch is None and shape[0] == 1:  # a program for exactly one image
-            batch = 0
         others = [d for d in range(len(shape)) if d not in (batch, channel)]
         names = ["h", "w"][2 - len(others) :] if len(others) <= 2 else [f"p{k}" for k in range(len(others))]
         sizes = {"c": shape[channel], "h": 1, "w": 1}

@@ -165,7 +165,7 @@ class Program:
     ) -> Tensor:  # fmt: skip
         """Return the error that operator `index` adds."""
         rounding = step.rounding if own else replace(step.rounding, blocks=1)
-        if rounding.float64_only and not own:
+        if rounding.own_only and not own:
             return torch.full_like(passed, math.inf)
         result = norm(index, passed)
         total = _gamma(rounding.output, precision) * result + rounding.absolute

@@ -26,10 +26,9 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from lipcert.bounds.affine import identity, segment_bound, stack
+from lipcert.bounds.affine import segment_bound, stack
 from lipcert.bounds.core import RULES, Bound, BoundError, unknown_operators
 from lipcert.bounds.graph import BatchConstant, Graph, Node, Ref
-from lipcert.bounds.layout import Layout
 from lipcert.bounds.rounding import mul_up, sqrt_up
 from lipcert.bounds.values import (
     EXACT,

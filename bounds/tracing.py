@@ -290,6 +290,12 @@ class _Builder:
                 f"the model must return one tensor that depends on its input; it returns {len(results)} values. "
                 "Wrap it in a module that picks one"
             )
+        result = self.nodes[results[0].name]
+        if self.symbol is not None and (result.batch != 0 or result.shape[0] != 1):
+            raise BoundError(
+                f"the result does not have one row per image: {result.op} puts images together ({result.place}); "
+                "return (batch, ...)"
+            )
         graph = Graph(
             tuple(self.nodes.values()), results[0].name, MappingProxyType(self.weights), self.symbol is not None
         )

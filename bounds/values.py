@@ -44,7 +44,7 @@ class Rounding:
 
     With γ of the precision: Σ_i γ_{n_i}·S_i·‖argument_i‖ + γ_output·‖result‖ + γ_n·‖constant‖ + absolute, plus what can
     underflow (`operations` per output entry). Evaluated by `Program` itself, inner products are cut into `blocks`,
-    which shortens them. `float64_only`: proved for that evaluation, not for torch's own kernel.
+    which shortens them. `own_only`: proved for that evaluation, not for torch's own kernel.
     """
 
     inputs: tuple[tuple[int, float], ...] = ()
@@ -52,7 +52,7 @@ class Rounding:
     constant: tuple[int, float] = (0, 0.0)
     absolute: float = 0.0
     operations: int = 0
-    float64_only: bool = False
+    own_only: bool = False
     blocks: int = 1
 
     def length(self, count: int) -> int:
@@ -109,14 +109,19 @@ class Value:
     def shape(self) -> tuple[int, ...]:
         return self.node.shape
 
+    @property
+    def batch(self) -> int | None:
+        """Return the dimension that counts the images, also in a program for exactly one."""
+        return 0 if self.node.batch is None and self.shape[:1] == (1,) else self.node.batch
+
     def identity(self, channel: int | None) -> tuple[Anchor, Representation]:
         """Return the value as an anchor of its own, with a dimension for its channels (a guess by rank if None)."""
         if channel is None:
-            free = [d for d in range(len(self.shape)) if d != self.node.batch]
+            free = [d for d in range(len(self.shape)) if d != self.batch]
             channel = free[0] if len(free) != 2 else free[-1]  # (c, h, w), (tokens, c), (c,)
         anchor = (self, channel)
         if anchor not in self.own:
-            layout = Layout.of(self.shape, self.node.batch, channel)
+            layout = Layout.of(self.shape, self.batch, channel)
             grid = layout.size("h"), layout.size("w")
             self.own[anchor] = Representation(identity(layout.size("c"), grid, self.device), layout)
         return anchor, self.own[anchor]
@@ -138,7 +143,7 @@ class Value:
         for (anchor, old), known in {**self.representations, **self.own}.items():
             if not known.map.identity or len(known.layout.dims[channel]) != 1:
                 continue
-            before = Layout.of(anchor.shape, anchor.node.batch, old).dims
+            before = Layout.of(anchor.shape, anchor.batch, old).dims
             new = before.index(known.layout.dims[channel])
             key, own = anchor.identity(new)
             pairs = zip(before, own.layout.dims, strict=True)

@@ -29,6 +29,7 @@ from lipcert import data
 from lipcert.bounds import audit
 from lipcert.checkpoint import load_state, save_model, save_state
 from lipcert.config import TrainConfig, to_yaml
+from lipcert.data.augment import parse as parse_augmentation
 from lipcert.errors import InputError
 from lipcert.export import export
 from lipcert.files import require_writable, write_json, write_text
@@ -123,6 +124,7 @@ class _Training:
         if config.batch_size % group.world:
             raise InputError(f"batch_size {config.batch_size} must be a multiple of the {group.world} processes")
         self.loss = losses.get(config.loss)
+        parse_augmentation(config.augment)  # a wrong name is found before anything is written
         # The split has a seed of its own: runs that differ in their seed share it, and never train on each other's
         # choices.
         self.train_set, self.val_set = (
@@ -213,6 +215,10 @@ class _Training:
         self._save()
         if self.group.is_main:
             save_model(self._best(), self.folder / "model", self.recipe)
+            self._say(label, row)
+        return row
+
+    def _say(self, label: str, row: dict[str, Any]) -> None:
         log.info(
             "%s: loss %.4f; validation clean %.2f %%, certified at %.4f by estimate %.2f %%; L about %s; %.0f images/s",
             label,
@@ -223,7 +229,6 @@ class _Training:
             "unknown" if row["lipschitz_estimate"] is None else f"{row['lipschitz_estimate']:.4g}",
             row["images_per_second"],
         )
-        return row
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
         step = self.epoch * self.steps_per_epoch + self.batch
@@ -299,8 +304,7 @@ class _Training:
             proved = audit(export(self._best().cpu()), (self.recipe["in_chans"], size, size))
             bound = proved.upper if proved.head is None else proved.head.penultimate
             row["lipschitz_upper"] = bound.require_upper()
-            self._save()
-            write_text(self.folder / "metrics.csv", self._metrics())
+        self._save()  # by all processes: each adds its random state
         return row
 
     def _best(self) -> PartNetwork:

@@ -58,3 +58,16 @@ def dense(m: AffineMap) -> Tensor:
             if all(0 <= q[k] < m.n[k] for k in (0, 1)):
                 matrix[:, i[0], i[1], :, q[0], q[1]] += tap
     return matrix.reshape(m.size, -1)
+
+
+class Apply(nn.Module):
+    """A module made of a function of (self, x) and the submodules and parameters that it uses."""
+
+    def __init__(self, forward, **parts) -> None:
+        super().__init__()
+        self.function = forward
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)

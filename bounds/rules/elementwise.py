@@ -21,6 +21,7 @@ from lipcert.bounds.rounding import enlarge, mul_up, sqrt_up, up
 from lipcert.bounds.values import EXACT, ONE, Representation, Rounding, Value, broadcast
 
 LIBRARY = Rounding(inputs=((64, 1.0),), output=64, operations=8)
+SIXTHS = replace(LIBRARY, own_only=True)  # torch multiplies by 1/6 in float32, whatever the type of its argument
 
 _SLOPES = {
     "relu": (1.0, EXACT),
@@ -33,8 +34,8 @@ _SLOPES = {
     "atan": (1.0, LIBRARY),
     "log_sigmoid": (1.0, LIBRARY),
     "sigmoid": (0.25, LIBRARY),
-    "hardsigmoid": (up(1.0 / 6.0), LIBRARY),
-    "hardswish": (1.5, LIBRARY),
+    "hardsigmoid": (up(1.0 / 6.0), SIXTHS),
+    "hardswish": (1.5, SIXTHS),
     "silu": (up(1.0998393201288669), LIBRARY),
     "mish": (up(1.0884981612517279), LIBRARY),
     "erf": (up(1.1283791670955126), LIBRARY),

@@ -105,7 +105,7 @@ def _normalised(node: Node, context: Context, x: Value, shape: Sequence[int]) ->
         output=count + 16,
         constant=(count + 16, constant),
         operations=2 * count + 8,
-        float64_only=True,
+        own_only=True,
     )
     return context.nonlinear(node, [x], Bound(slope, "upper", "1/√ε"), rounding=rounding)
 

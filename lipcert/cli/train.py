@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -83,10 +84,12 @@ def command(
         resume=resume,
         progress=_bar if sys.stderr.isatty() else _silent,
     )
+    if row["lipschitz_upper"] is None:  # one of several processes, and not the first: that one speaks
+        return
     if json_file != "-":
         click.echo(
             f"validation: clean {100 * row['val_clean']:.2f} %, certified at {resolved.eps:.4f} by the estimate "
-            f"{100 * row['val_certified']:.2f} %; L of the features: estimated {row['lipschitz_estimate']:.6g}, "
+            f"{100 * row['val_certified']:.2f} %; L of the features: estimated {row['lipschitz_estimate'] or nan:.6g}, "
             f"proved {row['lipschitz_upper']:.6g}"
         )
     if json_file:

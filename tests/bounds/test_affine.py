@@ -46,7 +46,7 @@ def pairs(draw):
     return draw(maps(c_in=first.c_out, n=first.out)), first
 
 
-@settings(max_examples=300)
+@settings(max_examples=120)
 @given(pairs())
 def test_composition_is_the_product_of_the_matrices(pair):
     second, first = pair
@@ -57,7 +57,7 @@ def test_composition_is_the_product_of_the_matrices(pair):
         assert norm(dense(fused) - exact) <= fused.error + 1e-15
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(st.data())
 def test_sums_and_stacks_are_those_of_the_matrices(data):
     a = data.draw(maps(plain=True))
@@ -73,7 +73,7 @@ def test_sums_and_stacks_are_those_of_the_matrices(data):
         assert total is not None and joined is not None
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(maps())
 def test_the_norm_of_a_map_is_bounded_and_tight_enough(m):
     exact = norm(dense(m))
@@ -85,7 +85,7 @@ def test_the_norm_of_a_map_is_bounded_and_tight_enough(m):
         assert bound.value <= exact * (1 + 1e-9)  # maps this small are bounded by their matrix
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(maps(), st.integers(0, 1000))
 def test_rows_scaling_and_regrouping_are_those_of_the_matrix(m, seed):
     generator = torch.Generator().manual_seed(seed)
