@@ -131,7 +131,7 @@ class Context:
             raise BoundError(f"no norm is known for {node.op} ({node.place})")
         operator = norm
         value = self.value(node, [x], [cheap], rounding, merged=merged)
-        value.representations = self._kept(node, made)
+        self._keep(value, made)
         value.pieces = {
             parent: replace(
                 piece,
@@ -170,7 +170,7 @@ class Context:
                     break
             if whole is not None:
                 made[anchor] = whole
-        value.representations = self._kept(node, made)
+        self._keep(value, made)
         for parent in _common([x.pieces for x, _ in terms]):
             pieces = [x.pieces[parent] for x, _ in terms]
             if len({(piece.dim, piece.indices) for piece in pieces}) == 1:
@@ -198,7 +198,7 @@ class Context:
         value = self.value(node, xs, [factor.value] * len(xs), rounding, joint=True)
         value.pieces = self._joined_pieces(value, xs, factor)
         if representations:
-            value.representations = self._kept(node, representations)
+            self._keep(value, representations)
         else:
             value.candidates = self._joint(value, xs, factor, label or _short(node))
         value.pieces = {parent: piece for parent, piece in value.pieces.items() if not _whole(parent, piece)}
@@ -273,12 +273,18 @@ class Context:
         ):
             raise self.mixed(node)
 
-    def _kept(self, node: Node, made: dict[Anchor, Representation]) -> dict[Anchor, Representation]:
+    def _keep(self, value: Value, made: dict[Anchor, Representation]) -> None:
+        """Store the maps of a value, and let it be an anchor itself if that costs nothing.
+
+        After a shift, a roll or a crop, which are no larger than 1, what follows may fuse from there on where it does not
+        fuse with the shift: a zero-padded convolution after a roll.
+        """
         order = sorted(made, key=lambda anchor: anchor[0].index)
+        if order and not made[order[0]].map.pointwise and made[order[0]].map.magnitude <= 1.0:
+            value.forked = True
         if len(order) > KEPT:
             order = order[: KEPT // 2] + order[-KEPT // 2 :]
-        index = len(self.steps) - 1
-        return {anchor: replace(made[anchor], members=made[anchor].members | {index}) for anchor in order}
+        value.representations = {a: replace(made[a], members=made[a].members | {value.index}) for a in order}
 
     # ------------------------------------------------------------------------------------------ ways to a bound
 

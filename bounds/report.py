@@ -71,7 +71,8 @@ def _row(context: Context, index: int, derivation: Derivation) -> LayerBound:
         note = f"√ of squares of {parts}" if derivation.joint else f"sum of branches {parts}"
         note += "; upper is relative to the largest branch"
         upper = Bound(div_up(derivation.bound.value, max(before)), "upper", "branches")
-    shape = tuple(size for d, size in enumerate(node.shape) if d != node.batch)
+    batch = 0 if node.batch is None else node.batch  # a program for one image has no other
+    shape = tuple(size for d, size in enumerate(node.shape) if d != batch)
     return LayerBound(_name(members), op, shape, upper, None, upper.method, derivation.bound.value, note)
 
 

@@ -79,7 +79,7 @@ def _export(model: nn.Module, input_shape: Example) -> torch.export.ExportedProg
 
 def _first_line(error: Exception) -> str:
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text}"[:400]
+    return f"{type(error).__name__}: {text}"[:400].rstrip(".")
 
 
 class _Builder:

@@ -300,8 +300,8 @@ class _Training:
         """Prove the bound of the final network and log it beside the estimate."""
         row = self.rows[-1]
         if self.group.is_main:
-            size = self.recipe["img_size"]
-            proved = audit(export(self._best().cpu()), (self.recipe["in_chans"], size, size))
+            size = self.train_set.img_size
+            proved = audit(export(self._best().cpu()), (self.train_set.in_chans, size, size))
             bound = proved.upper if proved.head is None else proved.head.penultimate
             row["lipschitz_upper"] = bound.require_upper()
         self._save()  # by all processes: each adds its random state

@@ -135,7 +135,9 @@ def _stacked(parts: Sequence[Representation | int], dim: int, stacked: bool) -> 
 
 
 def _masked(given: Representation, dim: int, indices: Sequence[int]) -> Representation | None:
-    """Return a map with some of its channels set to zero."""
+    """Return a map with some of its channels set to zero; zeros, such as a part not yet written, stay as they are."""
+    if not given.map.taps.any() and not given.map.error:
+        return given
     if not given.layout.is_axis(dim, "c"):
         return None
     mask = torch.ones(given.map.c_out, dtype=torch.float64)

@@ -56,8 +56,8 @@ def test_constants_may_have_a_batch_dimension():
 
 
 def test_sizes_that_depend_on_the_batch_are_kept_symbolic():
-    graph = trace(Apply(lambda m, x: F.relu(x).view(2 * x.shape[0], 2)), (4,))
-    assert graph.nodes[-1]["size"] == (BatchSize(2), 2) and graph.nodes[-1].shape == (2, 2)
+    graph = trace(Apply(lambda m, x: F.relu(x).view(2 * x.shape[0], 2).view(x.shape[0], 4)), (4,))
+    assert graph.nodes[2]["size"] == (BatchSize(2), 2) and graph.nodes[2].shape == (2, 2)
 
 
 WRITES = {
@@ -117,7 +117,8 @@ MIXING = {
     "sort of the batch": lambda m, x: x.sort(0).values,
     "stacked on the batch": lambda m, x: torch.cat([x, x]),
     "depends on the position": lambda m, x: x + torch.arange(x.shape[0]).unsqueeze(1),
-    "softmax over the batch": lambda m, x: torch.maximum(x, x.amax(0, keepdim=True)),
+    "broadcast against the batch": lambda m, x: x - x.view(-1, 2, 3).mean(2).view(-1, 2)[:, :1].squeeze(1),
+    "maximum of the batch": lambda m, x: torch.maximum(x, x.amax(0, keepdim=True)),
 }
 
 

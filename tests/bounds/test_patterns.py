@@ -87,7 +87,7 @@ def test_overlapping_or_unrelated_arguments_cost_what_they_must():
     unrelated = Apply(
         lambda m, x: torch.cat(pair(torch.cat([m.a(x), m.b(x)], 1)), 1), a=nn.Conv2d(4, 2, 1), b=nn.Conv2d(4, 2, 1)
     )
-    stacked = torch.cat([unrelated.a.weight, unrelated.b.weight]).flatten(1)
+    stacked = torch.cat([unrelated.a.weight, unrelated.b.weight]).detach().flatten(1)
     assert assert_sound(unrelated, SHAPE).upper.value == pytest.approx(
         float(torch.linalg.matrix_norm(stacked, 2)), rel=1e-6
     )
@@ -113,13 +113,6 @@ def test_what_is_not_centring_is_not_lifted(spelling):
     model = Apply(CENTRED_ALMOST[spelling])
     assert "lipcert.center" not in ops(model)
     assert_sound(model, SHAPE)
-
-
-def test_a_mean_without_keepdim_that_happens_to_fit_is_not_centring():
-    """On a square map x - x.mean(1) subtracts rows of the mean from the wrong channels."""
-    model = Apply(lambda m, x: x - x.mean(2))
-    assert "lipcert.center" not in {node.op for node in lift(trace(model, (2, 2))).nodes}
-    assert_sound(model, (2, 2))
 
 
 def test_operators_are_computed_once_and_idle_ones_dropped():
