@@ -50,12 +50,12 @@ def _simple(node: torch.fx.Node) -> bool:
     kind = str(changed.target).split(".")[1] if str(changed.target).startswith("aten.") else ""
     if kind not in _FRESH and not (is_inplace(changed) and _simple(changed)):
         return False
-    return not any(_may_share(user) for user in changed.users if user is not node)
+    return not any(_may_share(user, changed) for user in changed.users if user is not node)
 
 
-def _may_share(node: torch.fx.Node) -> bool:
-    """Return whether a value may be a view of its first argument; operators not known to be fresh may."""
-    if node.op != "call_function":
+def _may_share(node: torch.fx.Node, changed: torch.fx.Node) -> bool:
+    """Return whether a value may share memory with its argument `changed`; operators not known to be fresh may."""
+    if node.op != "call_function" or (is_inplace(node) and node.args[0] is changed):
         return True
     name = str(node.target)
     return not (name.startswith("aten.") and name.split(".")[1].removesuffix("_") in _FRESH)
