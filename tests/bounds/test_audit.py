@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from dense import Apply, assert_sound, jacobian_norm
+from dense import Apply, assert_sound
 from torch import nn
 
 from lipcert.bounds import BoundError, audit
