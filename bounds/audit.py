@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lipcert.bounds.core import Bound, BoundError
 from lipcert.bounds.graph import Graph, Ref
+from lipcert.bounds.matrix import scaled
 from lipcert.bounds.patterns import lift
 from lipcert.bounds.program import Program
 from lipcert.bounds.propagation import Context, propagate
@@ -113,11 +114,13 @@ def audit(
     statistics, and operators that mix images. Where no finite bound is known, `upper` is infinite and `unbounded` says
     why.
 
-    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
-    >>> _ = nn.init.constant_(model[1].weight, 0.5)
-    >>> bound = audit(model, (1, 2, 2)).upper  # the norm is √2
-    >>> bound.kind, 1.4142135 < bound.value < 1.4142136
-    ('upper', True)
+    >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 1), nn.Sigmoid())
+    >>> _ = nn.init.constant_(model[1].weight, 2.0)
+    >>> print(audit(model, (1, 2, 2)))
+    layer  operators       shape  upper  cumulative  method
+    1      affine: linear  1      4      4           matrix, eigenvalue
+    2      sigmoid         1      0.25   1           slope
+    Lipschitz constant (l2, image to outputs): at most 1
     """
     start = time.perf_counter()
     shape = tuple(int(size) for size in input_shape)
@@ -185,13 +188,14 @@ def _differences(matrix: Tensor) -> Tensor:
     From the Gram matrix, whose entries err by γ_m‖w_i‖‖w_j‖: ‖w_i - w_j‖² ≤ G_ii + G_jj - 2G_ij + γ_{m+4}(‖w_i‖ +
     ‖w_j‖)².
     """
-    matrix = matrix.to(torch.float64)
+    matrix, exponent = scaled(matrix)
     gram = matrix @ matrix.T
     squares = gram.diagonal()
     norms = enlarge(torch.linalg.vector_norm(matrix, dim=1), matrix.shape[1] + 4)
     slack = enlarge((norms[:, None] + norms[None]).square() * gamma(matrix.shape[1] + 8), 4) + 2.0**-900
     total = (squares[:, None] + squares[None] - 2.0 * gram).clamp_min(0.0) + slack
-    return enlarge(total.sqrt(), 4)
+    half = exponent // 2  # in two steps, because 2^e alone can overflow
+    return enlarge(total.sqrt(), 4) * math.ldexp(1.0, half) * math.ldexp(1.0, exponent - half) + 2.0**-1070
 
 
 def _finite(value: float) -> float | str:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lipcert.bounds.affine import segment_bound, stack
 from lipcert.bounds.core import RULES, Bound, BoundError, unknown_operators
-from lipcert.bounds.graph import BatchConstant, Graph, Node, Ref
+from lipcert.bounds.graph import BatchConstant, Graph, Node, Ref, leaves
 from lipcert.bounds.rounding import mul_up, sqrt_up
 from lipcert.bounds.values import (
     EXACT,
@@ -266,6 +266,22 @@ class Context:
             raise BoundError(f"{argument} of {node.op} has NaN or infinite entries ({node.place})")
         return given
 
+    def offset(self, node: Node) -> float:
+        """Return an upper bound of the l2 norm, over one image, of the constants that an operator reads.
+
+        In a precision that cannot hold them they are rounded, which counts as an error of the operator.
+        """
+        total = 0.0
+        for leaf in leaves(list(node.arguments.values())):
+            tensor = leaf.tensor if isinstance(leaf, BatchConstant) else leaf
+            if isinstance(tensor, float):
+                tensor = torch.tensor(tensor, dtype=torch.float64)
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
+                copies = math.prod(node.shape) / tensor.numel()
+                finite = torch.where(tensor.isinf(), 0.0, tensor)  # infinite bounds of a clamp are exact
+                total += float(torch.linalg.vector_norm(finite)) * math.sqrt(max(1.0, copies))
+        return total * (1.0 + 2.0**-20)
+
     def aligned(self, node: Node, x: Value) -> None:
         """Raise BoundError unless the images of x meet those of the result when shapes are broadcast."""
         if x.node.batch is not None and (
@@ -276,8 +292,8 @@ class Context:
     def _keep(self, value: Value, made: dict[Anchor, Representation]) -> None:
         """Store the maps of a value, and let it be an anchor itself if that costs nothing.
 
-        After a shift, a roll or a crop, which are no larger than 1, what follows may fuse from there on where it does not
-        fuse with the shift: a zero-padded convolution after a roll.
+        After a shift, a roll or a crop, which are no larger than 1, what follows may fuse from there on where it does
+        not fuse with the shift: a zero-padded convolution after a roll.
         """
         order = sorted(made, key=lambda anchor: anchor[0].index)
         if order and not made[order[0]].map.pointwise and made[order[0]].map.magnitude <= 1.0:

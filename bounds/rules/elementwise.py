@@ -27,7 +27,6 @@ _SLOPES = {
     "relu": (1.0, EXACT),
     "relu6": (1.0, EXACT),
     "abs": (1.0, EXACT),
-    "hardtanh": (1.0, EXACT),
     "tanh": (1.0, LIBRARY),
     "sin": (1.0, LIBRARY),
     "cos": (1.0, LIBRARY),
@@ -78,11 +77,12 @@ def prelu(node: Node, context: Context) -> Value:
 @rule("aten.elu.default", "aten.celu.default")
 def elu(node: Node, context: Context) -> Value:
     """Bound ELU: slope `scale` above zero, at most |scale·alpha·input_scale| below (|alpha·(1/alpha)| = 1 for CELU)."""
-    slope = 1.0
+    slope, x = 1.0, context.data(node, "self")
+    inner = float(node["input_scale"] if "input_scale" in node.arguments else node["alpha"])
+    if inner <= 0.0:
+        return context.unbounded(node, [x], "the exponential grows below zero")
     if "scale" in node.arguments:
-        scale, alpha, inner = (abs(float(node[key])) for key in ("scale", "alpha", "input_scale"))
-        slope = max(scale, mul_up(scale, alpha, inner))
-    x = context.data(node, "self")
+        slope = max(abs(float(node["scale"])), mul_up(abs(float(node["scale"])), abs(float(node["alpha"])), inner))
     return context.nonlinear(node, [x], Bound(slope, "upper", "slope"), rounding=LIBRARY)
 
 
@@ -101,7 +101,13 @@ def softplus(node: Node, context: Context) -> Value:
     return context.nonlinear(node, [x], ONE, rounding=replace(LIBRARY, absolute=step))
 
 
-@rule("aten.clamp.default", "aten.clamp.Tensor", "aten.clamp_min.default", "aten.clamp_max.default")
+@rule(
+    "aten.hardtanh.default",
+    "aten.clamp.default",
+    "aten.clamp.Tensor",
+    "aten.clamp_min.default",
+    "aten.clamp_max.default",
+)
 def clamp(node: Node, context: Context) -> Value:
     """Bound clamping between constants by 1; a median of several values that depend on the input is 1-Lipschitz too."""
     values = [context.live[name] for name in node.inputs]
@@ -128,8 +134,8 @@ def maxmin(node: Node, context: Context) -> Value:
 def _extremum(node: Node, context: Context, values: list[Value]) -> Value:
     for x in values:
         context.aligned(node, x)
-    copies = max(math.prod(node.shape) // max(1, math.prod(x.shape)) for x in values)
-    return context.nonlinear(node, values, Bound(sqrt_up(float(copies)), "upper", "isometry"))
+    factor = Bound(max(_spread(node, x) for x in values), "upper", "isometry")
+    return context.nonlinear(node, values, factor, rounding=Rounding(constant=(1, context.offset(node))))
 
 
 # -------------------------------------------------------------------------------------------------- arithmetic
@@ -148,11 +154,13 @@ def addition(node: Node, context: Context) -> Value:
         for argument, weight in zip(("self", "other"), weights, strict=True)
         if isinstance(node[argument], Ref)
     ]
+    inputs = tuple((0 if abs(weight) == 1.0 else 2, mul_up(abs(weight), _spread(node, x))) for x, weight in terms)
     if len(terms) == 1:
-        other = "other" if isinstance(node["self"], Ref) else "self"
-        context.constant(node, other)
-        return scale(node, context, terms[0][0], torch.tensor(terms[0][1], dtype=torch.float64), Rounding(output=2))
-    return context.sum(node, terms, rounding=Rounding(output=1 if abs(alpha) == 1.0 else 2))
+        context.constant(node, "other" if isinstance(node["self"], Ref) else "self")
+        offset = mul_up(context.offset(node), max(1.0, abs(alpha)))
+        rounding = Rounding(inputs, output=1, constant=(2, offset), operations=2)
+        return scale(node, context, terms[0][0], torch.tensor(terms[0][1], dtype=torch.float64), rounding)
+    return context.sum(node, terms, rounding=Rounding(inputs, output=1, operations=2))
 
 
 @rule("aten.mul.Tensor", "aten.mul.Scalar")
@@ -226,8 +234,7 @@ def scale(node: Node, context: Context, x: Value, factor: Tensor, rounding: Roun
             return None
         return replace(spread, map=spread.map.scaled(full.flatten(), roundings))
 
-    copies = math.prod(node.shape) // max(1, math.prod(x.shape))
-    norm = mul_up(enlarge(_largest(full), roundings), sqrt_up(float(copies)))
+    norm = mul_up(enlarge(_largest(full), roundings), _spread(node, x))
     channel = varying[0] - (len(node.shape) - len(x.shape)) if len(varying) == 1 else None
     if channel is not None and (channel < 0 or x.shape[channel] == 1):
         channel = None
@@ -240,6 +247,11 @@ def scale(node: Node, context: Context, x: Value, factor: Tensor, rounding: Roun
         cheap=norm,
         rounding=rounding,
     )
+
+
+def _spread(node: Node, x: Value) -> float:
+    """Return the norm of broadcasting a value to the shape of a node, √(copies)."""
+    return sqrt_up(float(math.prod(node.shape) // max(1, math.prod(x.shape))))
 
 
 def _largest(tensor: Tensor | None) -> float:

@@ -18,7 +18,7 @@ from lipcert.bounds.graph import BatchConstant, Node, Ref
 from lipcert.bounds.propagation import Context
 from lipcert.bounds.rounding import sqrt_up
 from lipcert.bounds.rules.shape import isometry, shift
-from lipcert.bounds.values import ONE, Anchor, Representation, Value, added, broadcast
+from lipcert.bounds.values import ONE, Anchor, Representation, Rounding, Value, added, broadcast
 
 
 @rule("aten.cat.default", "aten.concat.default", "aten.stack.default")
@@ -34,7 +34,8 @@ def cat(node: Node, context: Context) -> Value:
         rows = [next(data) if isinstance(item, Ref) else _length(item, dim, stacked) for item in items]
         return _stacked(rows, dim, stacked)
 
-    return context.nonlinear(node, values, ONE, representations=_together(values, join))
+    rounding = Rounding(constant=(1, context.offset(node)))
+    return context.nonlinear(node, values, ONE, rounding=rounding, representations=_together(values, join))
 
 
 @rule("aten.slice_scatter.default", "aten.select_scatter.default")
@@ -58,7 +59,8 @@ def scatter(node: Node, context: Context) -> Value:
         return added(left, right) if left is not None and right is not None else left or right
 
     values = [*base, *source]
-    return context.nonlinear(node, values, ONE, representations=_together(values, join))
+    rounding = Rounding(constant=(1, context.offset(node)))
+    return context.nonlinear(node, values, ONE, rounding=rounding, representations=_together(values, join))
 
 
 @rule("aten.copy.default")

@@ -21,7 +21,7 @@ from lipcert.bounds.graph import Node, Ref
 from lipcert.bounds.layout import Layout
 from lipcert.bounds.propagation import Context
 from lipcert.bounds.rounding import sqrt_up
-from lipcert.bounds.values import ONE, Piece, Representation, Transform, Value
+from lipcert.bounds.values import ONE, Piece, Representation, Rounding, Transform, Value
 
 
 @rule(*(f"aten.{name}.default" for name in "alias contiguous clone detach detach_ lift_fresh_copy".split()))
@@ -162,7 +162,8 @@ def pad(node: Node, context: Context) -> Value:
             found = _padded(found, dim, before, after, mode == "circular")
         return found
 
-    return context.linear(node, x, transform, norm=lambda: norm, cheap=norm.value)
+    rounding = Rounding(constant=(1, context.offset(node)))
+    return context.linear(node, x, transform, norm=lambda: norm, cheap=norm.value, rounding=rounding)
 
 
 @rule("aten.pixel_unshuffle.default")

@@ -104,6 +104,19 @@ def test_a_value_changed_after_it_was_read_is_not_changed_for_the_reader():
     assert audit(model, (4,)).upper.value == pytest.approx(expected, rel=1e-6)
 
 
+def test_two_names_of_one_memory_see_each_others_changes():
+    def forward(m, x):
+        y = m.a(x)
+        z = F.relu_(y)
+        y.add_(x)  # z is y
+        return z + 0 * x
+
+    model = Apply(forward, a=nn.Linear(4, 4)).double().eval()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.allclose(audit(model, (4,)).program(x), model(x), rtol=0, atol=1e-14)
+
+
 MIXING = {
     "mean over the batch": lambda m, x: x - x.mean(0, keepdim=True),
     "roll of the batch": lambda m, x: torch.roll(x, 1, 0),
