@@ -7,7 +7,7 @@
   are odd and the last pooling leaves out a border (`padding_quirk`).
 - `lipshift_*`: ours. Differences: the residual is linear (`MaxMin(x + s K x)`, bounded as one operator), the shift
   is circular, so the skip path loses nothing, nothing is padded at patch borders, and a dense layer over the last
-  map replaces average pooling. What each of these is worth: benchmarks/RESULTS.md.
+  map replaces average pooling. `benchmarks/ablation.py` measures what each of these is worth.
 
 Inputs are pixels in [0, 1].
 """
