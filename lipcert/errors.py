@@ -25,3 +25,12 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
     if near:
         return InputError(f"unknown {kind} {name!r}; did you mean {' or '.join(repr(match) for match in near)}?")
     return InputError(f"unknown {kind} {name!r}; known are: {', '.join(known) or 'none'}")
+
+
+def missing_extra(library: str, extra: str) -> InputError:
+    """Return the error for an optional library that is not installed.
+
+    >>> print(missing_extra("timm", "timm"))
+    timm is not installed; run: pip install 'lipcert[timm]'
+    """
+    return InputError(f"{library} is not installed; run: pip install 'lipcert[{extra}]'")
