@@ -82,7 +82,7 @@ class Audit:
         """Return the audit as JSON-able data; infinities are the string "inf"."""
         return {
             "weights_sha256": self.weights_sha256,
-            "input": {"shape": list(self.input_shape), "domain": list(self.domain)},
+            "input": {"shape": list(self.input_shape), "domain": [_finite(end) for end in self.domain]},
             "norm": "l2",
             "upper": _finite(self.upper.value),
             "lower": None,
@@ -135,7 +135,7 @@ def audit(
         graph = lift(trace(model, shape))
         last = _last_linear(graph)
         keep = {graph.output} | ({last[0]} if last else set())
-        context, kept = propagate(graph, method, keep)
+        context, kept = propagate(graph, method, keep, (low, high))
         output = kept[graph.output]
         segment = _last_segment(context, output) if last else None
         upper = context.bound(output)
@@ -199,4 +199,4 @@ def _differences(matrix: Tensor) -> Tensor:
 
 
 def _finite(value: float) -> float | str:
-    return "inf" if math.isinf(value) else value
+    return ("inf" if value > 0.0 else "-inf") if math.isinf(value) else value

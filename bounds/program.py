@@ -13,8 +13,10 @@ of an operator is given by `Rounding`: in terms of the computed arguments and re
 
 *Deployed precision.* The same operators in another precision p, on any x' with ‖x' - x‖ ≤ r: then the arguments are not
 at hand, but ‖u'‖ ≤ ‖u‖ + e(u) + L(u)·r for the exact values at x', and the computed ones are within e_p(u) of them.
-Weights that are not representable in p are rounded, which `Rounding` counts. What evaluates the program must use
-conventional arithmetic (any order of summation, fused multiply-add allowed; no TF32, Winograd or FFT convolutions).
+Weights that are not representable in p are rounded, which `Rounding` counts. Constants that hold on the ranges of the
+domain alone come with margins: where the error of an argument exceeds its margin, the error is ∞. What evaluates the
+program must use conventional arithmetic (any order of summation, fused multiply-add allowed; no TF32, Winograd or FFT
+convolutions).
 
 Numbers here are float64 tensors (n,); every formula is enlarged by a relative 2^-40, which covers 8000 roundings.
 """
@@ -143,6 +145,8 @@ class Program:
             known = [exact.get(i, rough[i]) for i in step.inputs]
             passed = _combine(step.factors, known, step.joint) if step.inputs else zero
             fresh.append(self._fresh(index, step, precision, norm, passed, known, own))
+            for error, margin in zip(known, step.margins, strict=False):
+                fresh[index] = torch.where(error <= margin, fresh[index], math.inf)
             rough.append((passed + fresh[index]) * SLACK)
             derivation = self._derivations.get(index)
             if derivation is None:

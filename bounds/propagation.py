@@ -29,6 +29,7 @@ from torch import Tensor
 from lipcert.bounds.affine import segment_bound, stack
 from lipcert.bounds.core import RULES, Bound, BoundError, unknown_operators
 from lipcert.bounds.graph import BatchConstant, Graph, Node, Ref, leaves
+from lipcert.bounds.ranges import Ranges
 from lipcert.bounds.rounding import mul_up, sqrt_up
 from lipcert.bounds.values import (
     EXACT,
@@ -54,8 +55,9 @@ KEPT = 4  # representations per value: the earliest two anchors and the latest t
 class Context:
     """Hold the state of one walk: live values by name, and what is known of all nodes by index."""
 
-    def __init__(self, graph: Graph, method: str) -> None:
+    def __init__(self, graph: Graph, method: str, domain: tuple[float, float]) -> None:
         self.graph, self.method = graph, method
+        self.ranges = Ranges(graph, domain)
         self.nodes = graph.nodes
         self.live: dict[str, Value] = {}
         self.steps: list[Step] = []
@@ -189,13 +191,14 @@ class Context:
 
     def nonlinear(
         self, node: Node, xs: Sequence[Value], factor: Bound, *, rounding: Rounding = EXACT, label: str = "",
-        representations: dict[Anchor, Representation] | None = None,
+        representations: dict[Anchor, Representation] | None = None, margins: Sequence[float] = (),
     ) -> Value:  # fmt: skip
         """Return the value of a function with ‖Δresult‖² ≤ factor²·Σ‖Δx_i‖², such as max(a, b).
 
         A linear one, such as a concatenation, may have `representations` by the anchors that its arguments share.
+        `margins`: as in `value`.
         """
-        value = self.value(node, xs, [factor.value] * len(xs), rounding, joint=True)
+        value = self.value(node, xs, [factor.value] * len(xs), rounding, joint=True, margins=margins)
         value.pieces = self._joined_pieces(value, xs, factor)
         if representations:
             self._keep(value, representations)
@@ -208,10 +211,14 @@ class Context:
 
     def value(
         self, node: Node, inputs: Sequence[Value], factors: Sequence[float], rounding: Rounding, *, joint: bool = False,
-        merged: tuple[int, int] | None = None,
+        merged: tuple[int, int] | None = None, margins: Sequence[float] = (),
     ) -> Value:  # fmt: skip
-        """Return a bare value: an operator with these arguments and cheap constants, and no bound yet."""
-        step = Step(tuple(x.index for x in inputs), tuple(factors), joint, rounding)
+        """Return a bare value: an operator with these arguments and cheap constants, and no bound yet.
+
+        Constants that hold only where the arguments have certain ranges are proved for ranges that are larger by
+        `margins`, one for each argument (∞ where it does not matter), because computed values leave the exact ranges.
+        """
+        step = Step(tuple(x.index for x in inputs), tuple(factors), joint, rounding, tuple(margins))
         value = Value(node, len(self.steps), step, self.uses[node.name] > 1, self.device)
         self.steps.append(step)
         if merged is None:
@@ -359,7 +366,9 @@ class Context:
         return None
 
 
-def propagate(graph: Graph, method: str = "auto", keep: Iterable[str] = ()) -> tuple[Context, dict[str, Value]]:
+def propagate(
+    graph: Graph, method: str = "auto", keep: Iterable[str] = (), domain: tuple[float, float] = (-math.inf, math.inf)
+) -> tuple[Context, dict[str, Value]]:
     """Run every node's rule and return the context and the values named in `keep`, not yet bounded.
 
     Raises one BoundError that lists all operators without a rule.
@@ -367,7 +376,7 @@ def propagate(graph: Graph, method: str = "auto", keep: Iterable[str] = ()) -> t
     missing = unknown_operators((node.op, node.module, node.source) for node in graph.nodes[1:])
     if missing is not None:
         raise missing
-    context = Context(graph, method)
+    context = Context(graph, method, domain)
     source = context.value(graph.input, [], [], Rounding())
     context.derivations[0] = Derivation((), (), Bound(1.0, "upper", ""), "input")
     context.live[graph.input.name] = source

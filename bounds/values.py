@@ -65,12 +65,16 @@ EXACT = Rounding()
 
 @dataclass(frozen=True)
 class Step:
-    """One operator alone: argument indices, a cheap Lipschitz constant for each, how they join, and its rounding."""
+    """One operator alone: argument indices, a cheap Lipschitz constant for each, how they join, and its rounding.
+
+    The constants hold where each computed argument is within its margin of an exact value (no margins: everywhere).
+    """
 
     inputs: tuple[int, ...]
     factors: tuple[float, ...]
     joint: bool  # √Σ(f_i·)² instead of Σ f_i·
     rounding: Rounding
+    margins: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

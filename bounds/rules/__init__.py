@@ -1,5 +1,5 @@
 """The rows of the rule table, one family per file; importing this package registers them all."""
 
-from lipcert.bounds.rules import elementwise, joining, linear, normalisation, pooling, product, shape
+from lipcert.bounds.rules import elementwise, joining, linear, normalisation, pooling, product, shape, steep
 
-__all__ = ["elementwise", "joining", "linear", "normalisation", "pooling", "product", "shape"]
+__all__ = ["elementwise", "joining", "linear", "normalisation", "pooling", "product", "shape", "steep"]

@@ -1,7 +1,8 @@
 """Entrywise functions, and arithmetic of values with constants.
 
-An entrywise function has the Lipschitz constant sup|f'| in l2. The slopes are those of ../reference bounds 3.1,
-computed to 16 digits with mpmath and rounded up by one unit in the last place; they are global, over all real inputs.
+An entrywise function has the Lipschitz constant sup|f'| in l2. The slopes are global, over all real inputs: suprema
+computed to 16 digits with mpmath and rounded up by one unit in the last place. Functions whose slope has no bound over
+all real inputs, and products of data, are in `steep.py` and `product.py`.
 Rounding: functions of the C library and of vectorised kernels are allowed 64 units in the last place, of the result or
 of the argument, whichever a formula with cancellation needs.
 """
@@ -17,10 +18,13 @@ from torch import Tensor
 from lipcert.bounds.core import Bound, BoundError, rule
 from lipcert.bounds.graph import Node, Ref
 from lipcert.bounds.propagation import Context
+from lipcert.bounds.ranges import FAR, Range, Ranges, monotone, ranged, total, widened
+from lipcert.bounds.ranges import LIBRARY as RELATIVE
 from lipcert.bounds.rounding import enlarge, mul_up, sqrt_up, up
 from lipcert.bounds.values import EXACT, ONE, Representation, Rounding, Value, broadcast
 
 LIBRARY = Rounding(inputs=((64, 1.0),), output=64, operations=8)
+SIXTH = 2.0**-20  # relative; more than torch's hardsigmoid and hardswish lose by a sixth in float32
 SIXTHS = replace(LIBRARY, own_only=True)  # torch multiplies by 1/6 in float32, whatever the type of its argument
 
 _SLOPES = {
@@ -134,7 +138,7 @@ def maxmin(node: Node, context: Context) -> Value:
 def _extremum(node: Node, context: Context, values: list[Value]) -> Value:
     for x in values:
         context.aligned(node, x)
-    factor = Bound(max(_spread(node, x) for x in values), "upper", "isometry")
+    factor = Bound(max(spread(node, x) for x in values), "upper", "isometry")
     return context.nonlinear(node, values, factor, rounding=Rounding(constant=(1, context.offset(node))))
 
 
@@ -154,7 +158,7 @@ def addition(node: Node, context: Context) -> Value:
         for argument, weight in zip(("self", "other"), weights, strict=True)
         if isinstance(node[argument], Ref)
     ]
-    inputs = tuple((0 if abs(weight) == 1.0 else 2, mul_up(abs(weight), _spread(node, x))) for x, weight in terms)
+    inputs = tuple((0 if abs(weight) == 1.0 else 2, mul_up(abs(weight), spread(node, x))) for x, weight in terms)
     if len(terms) == 1:
         context.constant(node, "other" if isinstance(node["self"], Ref) else "self")
         offset = mul_up(context.offset(node), max(1.0, abs(alpha)))
@@ -163,46 +167,10 @@ def addition(node: Node, context: Context) -> Value:
     return context.sum(node, terms, rounding=Rounding(inputs, output=1, operations=2))
 
 
-@rule("aten.mul.Tensor", "aten.mul.Scalar")
-def multiplication(node: Node, context: Context) -> Value:
-    """Bound the product with a constant, entry by entry: a diagonal map, of norm max|c|. Two data factors: no bound."""
-    values = [context.live[name] for name in node.inputs]
-    if len(values) == 2:
-        return context.unbounded(
-            node, values, "product of two values that depend on the input; their ranges are not known"
-        )
-    factor = context.constant(node, "other" if isinstance(node["self"], Ref) else "self")
-    if factor is None:
-        raise BoundError(f"{node.op} without a factor ({node.place})")
-    return scale(node, context, values[0], factor, Rounding(output=2, operations=1))
-
-
-@rule("aten.div.Tensor", "aten.div.Scalar")
-def division(node: Node, context: Context) -> Value:
-    """Bound the quotient by a constant: a diagonal map, of norm max|1/c|. A data divisor: no bound."""
-    values = [context.live[name] for name in node.inputs]
-    if isinstance(node["other"], Ref):
-        return context.unbounded(
-            node, values, "the divisor depends on the input; how close it comes to zero is not known"
-        )
-    divisor = context.constant(node, "other")
-    if divisor is None or bool((divisor == 0.0).any()):
-        raise BoundError(f"division by zero ({node.place})")
-    return scale(node, context, values[0], divisor.reciprocal(), Rounding(output=2, operations=1), roundings=1)
-
-
 @rule("aten.neg.default")
 def negation(node: Node, context: Context) -> Value:
     """Negate: an isometry."""
     return scale(node, context, context.data(node, "self"), torch.tensor(-1.0, dtype=torch.float64), EXACT)
-
-
-@rule("aten.pow.Tensor_Scalar", "aten.exp.default", "aten.log.default", "aten.sqrt.default", "aten.rsqrt.default",
-      "aten.reciprocal.default", "aten.square.default")  # fmt: skip
-def steep(node: Node, context: Context) -> Value:
-    """Give no bound: the slope of these functions has no bound over all real numbers."""
-    x = context.live[node.inputs[0]]
-    return context.unbounded(node, [x], "the slope grows without a bound; the range of the argument is not known")
 
 
 @rule("aten.sign.default", "aten.round.default", "aten.floor.default", "aten.ceil.default", "aten.trunc.default",
@@ -234,7 +202,7 @@ def scale(node: Node, context: Context, x: Value, factor: Tensor, rounding: Roun
             return None
         return replace(spread, map=spread.map.scaled(full.flatten(), roundings))
 
-    norm = mul_up(enlarge(_largest(full), roundings), _spread(node, x))
+    norm = mul_up(enlarge(_largest(full), roundings), spread(node, x))
     channel = varying[0] - (len(node.shape) - len(x.shape)) if len(varying) == 1 else None
     if channel is not None and (channel < 0 or x.shape[channel] == 1):
         channel = None
@@ -249,10 +217,83 @@ def scale(node: Node, context: Context, x: Value, factor: Tensor, rounding: Roun
     )
 
 
-def _spread(node: Node, x: Value) -> float:
+def spread(node: Node, x: Value) -> float:
     """Return the norm of broadcasting a value to the shape of a node, √(copies)."""
     return sqrt_up(float(math.prod(node.shape) // max(1, math.prod(x.shape))))
 
 
 def _largest(tensor: Tensor | None) -> float:
     return float(tensor.abs().max()) if tensor is not None and tensor.numel() else 0.0
+
+
+# ------------------------------------------------------------------------------------------------------------ ranges
+
+_INCREASING = "relu relu6 hardtanh clamp_min clamp_max tanh sigmoid atan log_sigmoid erf selu hardsigmoid".split()
+
+
+@ranged(*(f"aten.{name}.default" for name in _INCREASING), "aten.clamp.default", "aten.clamp.Tensor",
+        "aten.maximum.default", "aten.minimum.default", "aten.max.other", "aten.min.other", "lipcert.maxmin",
+        "aten.softplus.default")  # fmt: skip
+def _increasing(node: Node, ranges: Ranges) -> Range:
+    exact = node.op.split(".")[1] in ("relu", "relu6", "hardtanh", "maximum", "minimum", "max", "min", "maxmin")
+    found = monotone(node, ranges, library=0.0 if exact or "clamp" in node.op else SIXTH)
+    if node.op == "aten.softplus.default":  # its linear part, above the threshold, jumps by at most e^-threshold / beta
+        step = math.exp(-float(node["threshold"])) / float(node["beta"]) * (1.0 + RELATIVE)
+        return Range(found.low, found.high + step)
+    return found
+
+
+@ranged("aten.leaky_relu.default", "aten.elu.default", "aten.celu.default")
+def _increasing_or_not(node: Node, ranges: Ranges) -> Range:
+    name = "negative_slope" if "negative_slope" in node.arguments else "alpha"
+    if float(node[name]) < 0.0:
+        return ranges.unknown(node)
+    return monotone(node, ranges, library=RELATIVE)
+
+
+_LOWEST = {  # the only minimum, decreasing before and increasing after it: (where, value)
+    "gelu": (-0.7518, -0.1700412),
+    "silu": (-1.2785, -0.2784646),
+    "mish": (-1.1924, -0.3088435),
+    "hardswish": (-1.5, -0.3750001),
+}
+
+
+@ranged(*(f"aten.{name}.default" for name in _LOWEST))
+def _dipping(node: Node, ranges: Ranges) -> Range:
+    """Range over values at both ends, and the minimum wherever it can be reached."""
+    x = ranges.of(node, "self")
+    ends = [ranges.ends(node, lambda r, end=end: getattr(r, end).clamp(-FAR, FAR)) for end in ("low", "high")]
+    where, least = _LOWEST[node.op.split(".")[1]]
+    inside = (x.low < where + 0.01) & (x.high > where - 0.01)
+    low, high = torch.minimum(*ends), torch.maximum(*ends)
+    found = widened(Range(torch.where(inside, torch.minimum(low, torch.full_like(low, least)), low), high), SIXTH)
+    return Range(found.low, torch.where(x.high == math.inf, math.inf, found.high))
+
+
+@ranged("aten.abs.default")
+def _absolute(node: Node, ranges: Ranges) -> Range:
+    x = ranges.of(node, "self")
+    return Range(torch.maximum(x.low, -x.high).clamp_min(0.0), x.magnitude)
+
+
+@ranged("aten.sin.default", "aten.cos.default")
+def _wave(node: Node, ranges: Ranges) -> Range:
+    return ranges.constant(node, -1.0, 1.0)
+
+
+@ranged("aten.neg.default")
+def _negated(node: Node, ranges: Ranges) -> Range:
+    x = ranges.of(node, "self")
+    return Range(-x.high, -x.low)
+
+
+@ranged("aten.add.Tensor", "aten.add.Scalar", "aten.sub.Tensor", "aten.sub.Scalar", "aten.rsub.Tensor",
+        "aten.rsub.Scalar")  # fmt: skip
+def _sum(node: Node, ranges: Ranges) -> Range:
+    a, b, alpha = ranges.of(node, "self"), ranges.of(node, "other"), float(node["alpha"])
+    kind = node.op.split(".")[1]
+    found = total(b, a, -alpha) if kind == "rsub" else total(a, b, alpha if kind == "add" else -alpha)
+    rank = len(node.shape)
+    low, high = (end.reshape((1,) * (rank - end.ndim) + tuple(end.shape)) for end in (found.low, found.high))
+    return Range(low, high)

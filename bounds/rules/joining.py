@@ -16,6 +16,7 @@ from lipcert.bounds.affine import compose, stack
 from lipcert.bounds.core import Bound, BoundError, rule
 from lipcert.bounds.graph import BatchConstant, Node, Ref
 from lipcert.bounds.propagation import Context
+from lipcert.bounds.ranges import Range, Ranges, monotone, ranged
 from lipcert.bounds.rounding import sqrt_up
 from lipcert.bounds.rules.shape import isometry, shift
 from lipcert.bounds.values import ONE, Anchor, Representation, Rounding, Value, added, broadcast
@@ -183,3 +184,13 @@ def _expanded(node: Node, context: Context, x: Value) -> Value:
         return broadcast(replace(given, layout=replace(given.layout, dims=dims)), node.shape)
 
     return context.linear(node, x, transform, norm=lambda: norm, cheap=norm.value)
+
+
+@ranged(
+    "aten.cat.default", "aten.concat.default", "aten.stack.default", "aten.slice_scatter.default",
+    "aten.select_scatter.default", "aten.copy.default", "aten.expand.default", "aten.expand_as.default",
+    "aten.broadcast_to.default", "aten.repeat.default", "aten.tile.default",
+)  # fmt: skip
+def _joined_range(node: Node, ranges: Ranges) -> Range:
+    """Join the ends as the operator joins the entries."""
+    return monotone(node, ranges)

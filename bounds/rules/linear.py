@@ -24,6 +24,7 @@ from lipcert.bounds.graph import Node, Ref
 from lipcert.bounds.layout import Layout
 from lipcert.bounds.matrix import spectral_norm_upper
 from lipcert.bounds.propagation import Context
+from lipcert.bounds.ranges import Range, Ranges, affine, ranged
 from lipcert.bounds.rounding import div_up, enlarge, mul_up, sqrt_up
 from lipcert.bounds.values import Representation, Rounding, Value
 
@@ -109,32 +110,6 @@ def addmm(node: Node, context: Context) -> Value:
     if matrix is None or float(node["alpha"]) != 1.0:
         raise BoundError(f"addmm with alpha = {node['alpha']} has no rule ({node.place}); scale the matrix instead")
     return contraction(node, context, x, matrix.T, 1, bias="self")
-
-
-@rule("aten.mm.default", "aten.matmul.default", "aten.bmm.default")
-def matmul(node: Node, context: Context) -> Value:
-    """Bound the product with a constant matrix on either side by its norm, taken along one dimension of the other."""
-    second = "mat2" if "mat2" in node.arguments else "other"
-    values = [context.live[name] for name in node.inputs]
-    if len(values) == 2:
-        return context.unbounded(node, values, "product of two values that depend on the input")
-    right = isinstance(node["self"], Ref)
-    x = values[0]
-    matrix = context.constant(node, second if right else "self")
-    if matrix is None or matrix.ndim < 2 or len(x.shape) < 2:
-        raise BoundError(f"{node.op} of a vector has no rule ({node.place}); use a matrix of one row or column")
-    matrix = matrix.mT if right else matrix
-    dim = len(x.shape) - (1 if right else 2)
-    if matrix.ndim == 2:
-        return contraction(node, context, x, matrix, dim)
-    context.axis(node, x, dim)
-    repeats = math.prod(node.shape) // matrix.shape[-2] * matrix.shape[-1] // math.prod(x.shape)
-    if repeats > 1:
-        return context.unbounded(node, values, "a stack of matrices multiplies one value")
-    norm = cache(lambda: spectral_norm_upper(matrix, context.method))
-    size = max(schur(one) for one in matrix.flatten(0, -3))
-    rounding = Rounding(inputs=((matrix.shape[-1] + 2, size),), operations=2 * matrix.shape[-1])
-    return context.linear(node, x, None, norm=norm, cheap=size, rounding=rounding)
 
 
 def contraction(
@@ -239,3 +214,54 @@ def schur(weight: Tensor) -> float:
     absolute = weight.abs()
     rows, columns = absolute.flatten(1).sum(1).max(), absolute.transpose(0, 1).flatten(1).sum(1).max()
     return sqrt_up(mul_up(enlarge(float(rows), weight.numel()), enlarge(float(columns), weight.numel())))
+
+
+# ------------------------------------------------------------------------------------------------------------ ranges
+
+
+@ranged("aten.linear.default", "aten.addmm.default")
+def _linear_range(node: Node, ranges: Ranges) -> Range:
+    data, weight, bias = ("mat1", "mat2", "self") if "mat1" in node.arguments else ("input", "weight", "bias")
+    matrix, offset = node[weight], node[bias]
+    if not isinstance(matrix, Tensor) or isinstance(offset, Ref) or not isinstance(node[data], Ref):
+        return ranges.unknown(node)
+    if data == "mat1" and (node["alpha"] != 1 or node["beta"] != 1):
+        return ranges.unknown(node)
+    return affine(ranges.of(node, data), matrix.T if data == "mat1" else matrix, offset, len(node.shape) - 1)
+
+
+@ranged(
+    "aten.conv1d.default", "aten.conv2d.default", "aten.conv1d.padding", "aten.conv2d.padding", "aten.conv3d.default",
+    "aten.conv3d.padding", "aten.conv_transpose1d.default", "aten.conv_transpose2d.input",
+    "aten.conv_transpose3d.input",
+)  # fmt: skip
+def _convolution_range(node: Node, ranges: Ranges) -> Range:
+    """Range over one interval a channel: every tap reads a value of that interval, or the zero of a padding."""
+    weight, bias, groups = node["weight"], node["bias"], int(node["groups"])
+    if not isinstance(weight, Tensor) or isinstance(bias, Ref):
+        return ranges.unknown(node)
+    transposed = "transpose" in node.op
+    x = ranges.of(node, "input")
+    x = x.over(*range(2, x.low.ndim))
+    padding = node["padding"]
+    if transposed or padding == "same" or (padding != "valid" and any(_each(padding, 1))):
+        x = Range(x.low.clamp_max(0.0), x.high.clamp_min(0.0))
+    if not x.finite:
+        return ranges.unknown(node)
+    low, high = (end.expand(1, ranges.shape(node["input"])[1], *end.shape[2:]).flatten() for end in (x.low, x.high))
+    taps = weight.flatten(2)
+    if transposed:  # (c_in, c_out/g, T) -> (c_out, c_in/g, T)
+        taps = taps.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    taps = taps.unflatten(0, (groups, -1))  # (g, c_out/g, c_in/g, T)
+    count = taps.shape[2] * taps.shape[3]
+    # each tap has its own value in the interval: sums of positive and of negative weights
+    positive, negative = taps.clamp_min(0.0).sum(3), taps.clamp_max(0.0).sum(3)
+    low, high = low.unflatten(0, (groups, -1, 1)), high.unflatten(0, (groups, -1, 1))
+    least = (positive @ low + negative @ high).flatten()
+    most = (positive @ high + negative @ low).flatten()
+    slack = ((positive - negative) @ torch.maximum(low.abs(), high.abs())).flatten() * ((2 * count + 16) * 2.0**-53)
+    if bias is not None:
+        least, most, slack = least + bias, most + bias, slack + bias.abs() * 2.0**-51
+    slack = slack * 1.0625 + 2.0**-1000
+    shape = (1, -1, *(1,) * (len(node.shape) - 2))
+    return Range((least - slack).reshape(shape), (most + slack).reshape(shape))

@@ -11,6 +11,7 @@ from torch import Tensor
 from lipcert.bounds.core import Bound, BoundError, rule
 from lipcert.bounds.graph import Node, Ref
 from lipcert.bounds.propagation import Context
+from lipcert.bounds.ranges import Range, Ranges, product, ranged, total, widened
 from lipcert.bounds.rounding import div_up, enlarge, mul_up, sqrt_up
 from lipcert.bounds.rules.elementwise import scale
 from lipcert.bounds.values import Rounding, Value
@@ -112,3 +113,42 @@ def _normalised(node: Node, context: Context, x: Value, shape: Sequence[int]) ->
 
 def _norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor))
+
+
+# ------------------------------------------------------------------------------------------------------------ ranges
+
+
+@ranged("aten.batch_norm.default", "aten._native_batch_norm_legit_no_training.default")
+def _batch_norm_range(node: Node, ranges: Ranges) -> Range:
+    if node.arguments.get("training", False) or node["running_mean"] is None or isinstance(node["weight"], Ref):
+        return ranges.unknown(node)
+    shape = (1, -1, *(1,) * (len(node.shape) - 2))
+    factor = (node["running_var"] + float(node["eps"])).rsqrt()
+    factor = factor if node["weight"] is None else factor * node["weight"]
+    x = ranges.of(node, "input")
+    centred = total(x, Range(node["running_mean"].reshape(shape), node["running_mean"].reshape(shape)), -1.0)
+    scaled = product(centred, widened(Range(factor, factor), 2.0**-49).reshaped(shape))
+    if node["bias"] is None:
+        return scaled
+    bias = node["bias"].reshape(shape)
+    return total(scaled, Range(bias, bias))
+
+
+@ranged("aten.layer_norm.default", "aten.native_layer_norm.default", "aten.group_norm.default",
+        "aten.native_group_norm.default", "aten.instance_norm.default")  # fmt: skip
+def _normalised_range(node: Node, ranges: Ranges) -> Range:
+    """Range over |(x - mean)/√(var + ε)| ≤ √(D - 1) for each of D entries: the others can balance no more."""
+    weight, bias = node["weight"], node["bias"]
+    if isinstance(weight, Ref) or isinstance(bias, Ref) or node.output not in (None, 0):
+        return ranges.unknown(node)
+    rank = len(node.shape)
+    if "normalized_shape" in node.arguments:
+        count = math.prod(int(size) for size in node["normalized_shape"])
+        shape = (*(1,) * (rank - len(node["normalized_shape"])), *node["normalized_shape"])
+    else:
+        groups = node.arguments.get("num_groups", node.arguments.get("group", node.shape[1]))
+        count, shape = math.prod(node.shape[1:]) // int(groups), (1, -1, *(1,) * (rank - 2))
+    found = ranges.constant(node, -math.sqrt(count), math.sqrt(count))
+    if weight is not None:
+        found = product(found, Range(weight.reshape(shape), weight.reshape(shape)))
+    return found if bias is None else total(found, Range(bias.reshape(shape), bias.reshape(shape)))

@@ -2,7 +2,7 @@
 
 Averages are linear and fuse where they are convolutions (windows of one size, zero padding counted); other averages act
 on each axis alone and have the norm of a Kronecker product. A maximum over windows is at most √(windows that contain
-one pixel)-Lipschitz, and exactly that (../reference bounds 1.4).
+one pixel)-Lipschitz, and exactly that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from lipcert.bounds.graph import Node
 from lipcert.bounds.layout import Layout
 from lipcert.bounds.matrix import spectral_norm_upper
 from lipcert.bounds.propagation import Context
-from lipcert.bounds.rounding import div_up, sqrt_up
+from lipcert.bounds.ranges import Range, Ranges, monotone, ranged, total
+from lipcert.bounds.rounding import div_up, gamma, sqrt_up
 from lipcert.bounds.values import ONE, Representation, Rounding, Value
 
 
@@ -221,13 +222,13 @@ def _separable(node: Node, context: Context, x: Value, matrices: list[Tensor]) -
 
     The entries 1/n are rounded: an error of at most u per entry, hence of u·√(rows·columns) in the norm, is added.
     """
-    total = Bound(1.0, "upper", "axes")
+    norm = Bound(1.0, "upper", "axes")
     for matrix in matrices:
         slack = Bound(math.sqrt(matrix.numel()) * 2.0**-52, "upper", "axes")
-        total = total * (spectral_norm_upper(matrix, context.method) + slack)
+        norm = norm * (spectral_norm_upper(matrix, context.method) + slack)
     terms = math.prod(int(matrix.count_nonzero(1).max()) for matrix in matrices)
-    rounding = Rounding(((terms + 4, total.value),), operations=terms + 2)
-    return context.linear(node, x, None, norm=lambda: total, cheap=total.value, rounding=rounding)
+    rounding = Rounding(((terms + 4, norm.value),), operations=terms + 2)
+    return context.linear(node, x, None, norm=lambda: norm, cheap=norm.value, rounding=rounding)
 
 
 def _windows(node: Node, context: Context, x: Value) -> tuple[tuple[int, ...], list[int], list[int], list[int]]:
@@ -258,3 +259,33 @@ def _grid(shape: Sequence[int], axes: int) -> tuple[int, int]:
 def _values_only(node: Node) -> None:
     if node.output not in (None, 0):
         raise BoundError(f"the indices of {node.op} jump; only its values have a rule ({node.place})")
+
+
+# ------------------------------------------------------------------------------------------------------------ ranges
+
+
+@ranged("aten.mean.dim", "aten.sum.dim_IntList", "aten.avg_pool1d.default", "aten.avg_pool2d.default",
+        "aten.avg_pool3d.default", "aten.adaptive_avg_pool1d.default", "aten.adaptive_avg_pool2d.default",
+        "aten.adaptive_avg_pool3d.default", "aten._adaptive_avg_pool2d.default")  # fmt: skip
+def _averaged_range(node: Node, ranges: Ranges) -> Range:
+    """Average the ends; sums of n entries err by γ_n."""
+    count = math.prod(ranges.shape(node["self"]))
+    return monotone(node, ranges, roundings=count + 8)
+
+
+@ranged("aten.amax.default", "aten.amin.default", "aten.max.dim", "aten.min.dim", "aten.sort.default",
+        "aten.sort.stable", "aten.topk.default", "aten.max_pool1d.default", "aten.max_pool2d.default",
+        "aten.max_pool3d.default", "aten.max_pool2d_with_indices.default", "lipcert.maxmin_along")  # fmt: skip
+def _ordered_range(node: Node, ranges: Ranges) -> Range:
+    """Order the ends: the k-th largest entry does not decrease when an entry grows."""
+    return ranges.unknown(node) if node.output not in (None, 0) else monotone(node, ranges)
+
+
+@ranged("lipcert.center")
+def _centred_range(node: Node, ranges: Ranges) -> Range:
+    x, dims = ranges.of(node, "x"), node["dims"]
+    shape = ranges.shape(node["x"])
+    count = math.prod(shape[d] for d in dims)
+    ends = [end.expand(shape).mean(tuple(dims), keepdim=True) for end in (x.low, x.high)]
+    slack = x.magnitude.amax(tuple(dims), keepdim=True) * (2.0 * gamma(count + 4))
+    return total(x, Range(ends[0] - slack, ends[1] + slack), -1.0)

@@ -20,6 +20,7 @@ from lipcert.bounds.core import Bound, BoundError, rule
 from lipcert.bounds.graph import Node, Ref
 from lipcert.bounds.layout import Layout
 from lipcert.bounds.propagation import Context
+from lipcert.bounds.ranges import Range, Ranges, monotone, ranged
 from lipcert.bounds.rounding import sqrt_up
 from lipcert.bounds.values import ONE, Piece, Representation, Rounding, Transform, Value
 
@@ -332,3 +333,28 @@ def _list(value: int | Sequence[int]) -> list[int]:
 def _images_first(node: Node, context: Context, x: Value) -> None:
     if len(x.shape) != 4 or x.node.batch not in (0, None):
         raise context.mixed(node)
+
+
+# ------------------------------------------------------------------------------------------------------------ ranges
+
+
+@ranged(
+    *(f"aten.{name}.default" for name in "alias contiguous clone detach detach_ lift_fresh_copy".split()),
+    "aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.flatten.using_ints",
+    "aten.unflatten.int", "aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims", "aten.unsqueeze.default",
+    "aten.view_as.default", "aten.reshape_as.default", "aten.permute.default", "aten.transpose.int",
+    "aten.swapaxes.default", "aten.movedim.int", "aten.movedim.intlist", "aten.t.default", "aten.numpy_T.default",
+    "aten.mT.default", "aten.slice.Tensor", "aten.narrow.default", "aten.select.int", "aten.index_select.default",
+    "aten.index.Tensor", "aten.flip.default", "aten.roll.default", "aten.pad.default", "aten.constant_pad_nd.default",
+    "aten.pixel_unshuffle.default", "aten.pixel_shuffle.default", "aten.channel_shuffle.default",
+)  # fmt: skip
+def _selected_range(node: Node, ranges: Ranges) -> Range:
+    """Move the ends as the operator moves the entries."""
+    if len(set(node.inputs)) > 1 and "index" in node.op:
+        return ranges.unknown(node)
+    return monotone(node, ranges)
+
+
+@ranged("aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_dropout.default")
+def _same_range(node: Node, ranges: Ranges) -> Range:
+    return ranges.of(node, "input")

@@ -223,7 +223,8 @@ def test_an_audit_is_a_table_and_json():
     assert [row["shape"] for row in data["layers"]] == [[4, 4, 4], [4, 4, 4], [2]]
     cumulative = [row["cumulative"] for row in data["layers"]]
     assert cumulative[1] == cumulative[0] and cumulative[2] == data["upper"]
-    endless = audit(nn.Sequential(nn.Linear(3, 3), Apply(lambda m, x: x * x)), (3,)).to_json()
+    endless = audit(nn.Sequential(nn.Linear(3, 3), Apply(lambda m, x: x * x)), (3,), domain=(0, math.inf)).to_json()
+    assert endless["input"]["domain"] == [0.0, "inf"]
     assert endless["upper"] == "inf" and endless["unbounded"][0]["op"] == "mul"
     assert endless["layers"][-1]["upper"] == "inf" and endless["layers"][0]["name"] == "0"
 
