@@ -129,13 +129,11 @@ def audit(
     low, high = (float(end) for end in domain)
     if not low <= high:
         raise BoundError(f"domain is an interval (low, high), got {tuple(domain)}")
-    if tightness != "fast":
-        raise BoundError(f"tightness is 'fast', got {tightness!r}")
     with torch.no_grad():
         graph = lift(trace(model, shape))
         last = _last_linear(graph)
         keep = {graph.output} | ({last[0]} if last else set())
-        context, kept = propagate(graph, method, keep, (low, high))
+        context, kept = propagate(graph, method, keep, (low, high), tightness)
         output = kept[graph.output]
         segment = _last_segment(context, output) if last else None
         upper = context.bound(output)

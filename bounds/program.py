@@ -9,7 +9,9 @@ L(v) ≤ Λ·L(a) from an anchor a (an affine segment, pieces of one parent, one
 
 with s_i a cheap bound of the operator's own norm; sums over several sources as in the derivation. So an error that has
 passed a segment is multiplied by the norm of the segment, and only what arises inside meets cheap bounds. The rounding
-of an operator is given by `Rounding`: in terms of the computed arguments and result, whose norms are measured.
+of an operator is given by `Rounding`: in terms of the computed arguments and result, whose norms are measured. Chains
+with activations inside (`Derivation.carried`) carry errors from their last activation: inside a segment all operators
+must be linear, for a constant of another one may hold near exact values only.
 
 *Deployed precision.* The same operators in another precision p, on any x' with ‖x' - x‖ ≤ r: then the arguments are not
 at hand, but ‖u'‖ ≤ ‖u‖ + e(u) + L(u)·r for the exact values at x', and the computed ones are within e_p(u) of them.
@@ -151,6 +153,7 @@ class Program:
             derivation = self._derivations.get(index)
             if derivation is None:
                 continue
+            derivation = derivation.carried or derivation
             if derivation.reason:
                 exact[index] = torch.full_like(zero, math.inf)
                 continue

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from lipcert.bounds.affine import segment_bound, stack
+from lipcert.bounds.composition.segments import Segments
 from lipcert.bounds.core import RULES, Bound, BoundError, unknown_operators
 from lipcert.bounds.graph import BatchConstant, Graph, Node, Ref, leaves
 from lipcert.bounds.ranges import Ranges
@@ -55,8 +56,8 @@ KEPT = 4  # representations per value: the earliest two anchors and the latest t
 class Context:
     """Hold the state of one walk: live values by name, and what is known of all nodes by index."""
 
-    def __init__(self, graph: Graph, method: str, domain: tuple[float, float]) -> None:
-        self.graph, self.method = graph, method
+    def __init__(self, graph: Graph, method: str, domain: tuple[float, float], segments: Segments) -> None:
+        self.graph, self.method, self.segments = graph, method, segments
         self.ranges = Ranges(graph, domain)
         self.nodes = graph.nodes
         self.live: dict[str, Value] = {}
@@ -199,6 +200,7 @@ class Context:
         `margins`: as in `value`.
         """
         value = self.value(node, xs, [factor.value] * len(xs), rounding, joint=True, margins=margins)
+        self.segments.activation(value, xs)
         value.pieces = self._joined_pieces(value, xs, factor)
         if representations:
             self._keep(value, representations)
@@ -314,7 +316,12 @@ class Context:
     def _affine(self, value: Value) -> Derivation:
         (source, _), found = min(value.representations.items(), key=lambda item: item[0][0].index)
         norm = segment_bound(found.map, self.method)
-        return self.derive([source], [norm], "affine", members=found.members)
+        plain = self.derive([source], [norm], "affine", members=found.members)
+        if (longer := self.segments.bound(value)) is None:
+            return plain
+        source, whole, members = longer
+        chain = replace(self.derive([source], [whole], "chain", members=members), carried=plain)
+        return chain if chain.bound.value < plain.bound.value else plain
 
     def _joined_pieces(self, value: Value, xs: Sequence[Value], factor: Bound) -> dict[Value, Piece]:
         """Return what the arguments together are a piece of: the same dimension of one parent, no index twice."""
@@ -367,7 +374,8 @@ class Context:
 
 
 def propagate(
-    graph: Graph, method: str = "auto", keep: Iterable[str] = (), domain: tuple[float, float] = (-math.inf, math.inf)
+    graph: Graph, method: str = "auto", keep: Iterable[str] = (), domain: tuple[float, float] = (-math.inf, math.inf),
+    tightness: str = "fast",
 ) -> tuple[Context, dict[str, Value]]:
     """Run every node's rule and return the context and the values named in `keep`, not yet bounded.
 
@@ -376,7 +384,7 @@ def propagate(
     missing = unknown_operators((node.op, node.module, node.source) for node in graph.nodes[1:])
     if missing is not None:
         raise missing
-    context = Context(graph, method, domain)
+    context = Context(graph, method, domain, Segments(graph, {*keep}, tightness, method))
     source = context.value(graph.input, [], [], Rounding())
     context.derivations[0] = Derivation((), (), Bound(1.0, "upper", ""), "input")
     context.live[graph.input.name] = source

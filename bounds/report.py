@@ -92,8 +92,8 @@ def _operators(members: Sequence[Node], derivation: Derivation) -> str:
             names[-1] = f"{name}×{count + 1}"
         else:
             names.append(name)
-    if derivation.label == "affine":
-        return "affine: " + ("+".join(names) or _short(members[-1]))
+    if derivation.label in ("affine", "chain"):
+        return f"{derivation.label}: " + ("+".join(names) or _short(members[-1]))
     inner = [name for name in names if name != _short(members[-1])]
     return f"{derivation.label} of {'+'.join(inner)}" if inner else derivation.label
 

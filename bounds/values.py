@@ -79,7 +79,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Derivation:
-    """Why L(value) ≤ Σ f_i L(source_i), or √Σ(f_i L(source_i))² if `joint`; `members` are the nodes in between."""
+    """Why L(value) ≤ Σ f_i L(source_i), or √Σ(f_i L(source_i))² if `joint`; `members` are the nodes in between.
+
+    `carried`: another derivation of the same value, by which rounding errors are carried instead; a chain, whose
+    members are not all linear, has the one that starts at its last activation.
+    """
 
     sources: tuple[int, ...]
     factors: tuple[Bound, ...]
@@ -88,6 +92,7 @@ class Derivation:
     joint: bool = False
     members: frozenset[int] = frozenset()
     reason: str = ""  # why there is no bound
+    carried: Derivation | None = None
 
 
 Anchor = tuple["Value", int]  # a value, and which of its dimensions holds the channels
