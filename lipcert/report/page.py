@@ -71,7 +71,7 @@ def build(runs: Sequence[Run]) -> Report:
         "facts": facts,
     }
     findings = tuple(_findings(runs, headline))
-    html = _template().render(
+    html = template("page.html").render(
         runs=runs,
         folders=[run for run in runs if not run.is_log],
         findings=findings,
@@ -106,10 +106,12 @@ _DESCRIPTIONS = {
 }
 
 
-def _template() -> jinja2.Template:
-    text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    strict = jinja2.StrictUndefined
-    return jinja2.Environment(autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True).from_string(text)
+def template(name: str) -> jinja2.Template:
+    """Return a template of this folder; what it is given is escaped, and what is missing is an error."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent, encoding="utf-8")
+    return jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).get_template(name)
 
 
 def _findings(runs: Sequence[Run], headline: pandas.DataFrame) -> list[str]:

@@ -12,6 +12,7 @@ import pandas
 from lipcert.report import accuracy, wording
 from lipcert.report.consistency import summary_agrees
 from lipcert.report.read import Run
+from lipcert.report.shares import shares
 
 _DEFAULT_RADII = ("0.0000", "0.1412", "0.2824", "0.4235", "1.0000")
 
@@ -138,7 +139,7 @@ def proved_features(run: Run) -> float | None:
 def layers(run: Run) -> pandas.DataFrame:
     """Return the rows of bound.json in the order of execution.
 
-    `share` is the logarithm of a layer's bound over the sum of all positive ones: which layers make the bound grow.
+    `share` is a layer's part of the growth along the path that decides the bound, NaN off it; see `shares`.
     """
     columns = ["name", "op", "shape", "upper", "lower", "method", "cumulative", "note"]
     frame = pandas.DataFrame(run.bound.get("layers", []), columns=columns)
@@ -147,9 +148,9 @@ def layers(run: Run) -> pandas.DataFrame:
     frame["shape"] = ["×".join(map(str, shape)) if isinstance(shape, list) else str(shape or "") for shape in shapes]
     for name in ("name", "op", "method", "note"):
         frame[name] = ["" if value is None or value != value else str(value) for value in frame[name]]
-    logs = [math.log(value) if 0 < value < math.inf else 0.0 for value in frame["upper"]]
-    growth = sum(value for value in logs if value > 0)
-    frame["share"] = [value / growth if growth > 0 else math.nan for value in logs]
+    found = shares(frame.to_dict("records"))
+    frame["log10"] = [math.nan if share.log10 is None else share.log10 for share in found]
+    frame["share"] = [math.nan if share.part is None else share.part for share in found]
     frame.insert(0, "run", run.label)
     return frame
 

@@ -98,7 +98,7 @@ def layers(frame: pandas.DataFrame) -> View:
 
     def share(row: Row) -> Cell:
         value = row["share"]
-        if math.isnan(value):
+        if value is None:
             return Cell(wording.MISSING, css="number")
         text = f"{100 * value:+.1f} %".replace("-", "−") if abs(value) >= 0.0005 else "0 %"
         return Cell(text, value, "number share", bar=value / largest if largest else 0.0)
@@ -108,6 +108,7 @@ def layers(frame: pandas.DataFrame) -> View:
         ("Operator", _text("op")),
         ("Shape", _text("shape")),
         ("Bound", _number("upper", wording.upper)),
+        ("log\N{SUBSCRIPT ONE}\N{SUBSCRIPT ZERO}", _logarithm),
         ("Attained", _number("lower", wording.lower)),
         ("Share of growth", share),
         ("Up to here", _number("cumulative", wording.upper)),
@@ -157,6 +158,13 @@ def _lower(row: Row) -> Cell:
     if row["lower"] is not None and row["upper"] is not None and row["lower"] > row["upper"]:
         return Cell(cell.text, cell.value, "number bad", f"above the proved bound: {cell.title} > {row['upper']:.17g}")
     return cell
+
+
+def _logarithm(row: Row) -> Cell:
+    value = row["log10"]
+    if value is None:
+        return Cell(wording.MISSING, css="number")
+    return Cell(f"{value:+.3f}".replace("-", "\N{MINUS SIGN}"), value, "number", f"{value:.17g}")
 
 
 def _contradictions(row: Row) -> Cell:
