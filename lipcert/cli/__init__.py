@@ -45,7 +45,8 @@ class LazyGroup(click.Group):
 def cli() -> None:
     """Train, audit and certify Lipschitz vision models in l2.
 
-    MODEL is a run folder, the name of a model (lipcert models), torchvision:NAME or path/to/file.py:factory.
+    MODEL is a run folder, the name of a model (lipcert models), torchvision:NAME, timm:NAME, hf:PATH, a .pt2 or .onnx
+    file, or path/to/file.py:factory.
     """
 
 

@@ -13,13 +13,10 @@ from lipcert.errors import InputError, unknown
 if TYPE_CHECKING:
     from torch import nn
 
-_LATER = {
-    "timm:": "timm models",
-    "hf:": "Hugging Face models",
-    ".pt2": "exported programs",
-    ".onnx": "ONNX files",
-}
-_KINDS = "a run folder, a name that `lipcert models` lists, torchvision:NAME or path/to/file.py:factory"
+KINDS = (
+    "a run folder, a name that `lipcert models` lists, torchvision:NAME, timm:NAME, hf:PATH, a .pt2 or .onnx file, "
+    "or path/to/file.py:factory"
+)
 
 
 @dataclass(frozen=True)
@@ -41,22 +38,49 @@ def resolve_model(
     `num_classes`, `input_shape` and `seed` are for the names of models, which are built with random weights. Whatever
     cannot be resolved raises InputError.
     """
-    kind = next((text for sign, text in _LATER.items() if spec.startswith(sign) or spec.endswith(sign)), None)
-    if kind is not None:
-        raise InputError(f"{spec}: {kind} are not yet supported; MODEL is {_KINDS}")
-    if spec.startswith("torchvision:"):
-        from lipcert.foreign import torchvision_model
+    zoo, _, name = spec.partition(":")
+    if zoo in ("torchvision", "timm", "hf") and name:
+        return _from_zoo(zoo, name, seed)
+    if spec.endswith(".pt2"):
+        from lipcert.programs import ProgramNetwork, load_program
+        from lipcert.programs import input_shape as shape_of
 
-        network, shape = torchvision_model(spec.removeprefix("torchvision:"))
-        return Resolved(network.eval(), spec, shape)
+        program = load_program(Path(spec))
+        shape = shape_of(program, Path(spec))
+        return Resolved(ProgramNetwork(program, shape), spec, shape)
+    if spec.endswith(".onnx"):
+        from lipcert.onnx import load_onnx
+
+        onnx_network = load_onnx(Path(spec), input_shape)
+        return Resolved(onnx_network, spec, onnx_network.shape)
     if match := re.fullmatch(r"(.+\.py):(\w+)", spec):
+        import torch
+
         from lipcert.foreign import from_file
 
         note(f"running {match[1]} to build the model")
+        torch.manual_seed(seed)
         return Resolved(from_file(match[1], match[2]).eval(), spec, None)
     if Path(spec).is_dir():
         return _from_folder(Path(spec))
     return _from_name(spec, num_classes, input_shape, seed)
+
+
+def _from_zoo(zoo: str, name: str, seed: int) -> Resolved:
+    import torch
+
+    from lipcert.foreign import timm_model, torchvision_model
+
+    torch.manual_seed(seed)
+    if zoo == "hf":
+        from lipcert.huggingface import huggingface_model
+
+        network, shape = huggingface_model(name)
+    else:
+        network, shape = (timm_model if zoo == "timm" else torchvision_model)(name)
+    if name.endswith(":random"):
+        note(f"{zoo}:{name} is untrained: random weights of seed {seed}")
+    return Resolved(network.eval(), f"{zoo}:{name}", shape)
 
 
 def _from_folder(folder: Path) -> Resolved:
@@ -72,7 +96,7 @@ def _from_name(name: str, num_classes: int, input_shape: tuple[int, ...] | None,
 
     if name not in models:
         if "/" in name or name.endswith(".py"):
-            raise InputError(f"there is no folder {name}; MODEL is {_KINDS}")
+            raise InputError(f"there is no folder {name}; MODEL is {KINDS}")
         raise unknown("model", name, models.list())
     import torch
 

@@ -66,6 +66,18 @@ class Domain(click.ParamType):
         return ends[0], ends[1]
 
 
+class Constant(click.ParamType):
+    """A Lipschitz constant: a number that is not negative, `1.5` or `1/255`."""
+
+    name = "constant"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = _number(value)
+        if not (0.0 <= number < math.inf):
+            self.fail(f"{value!r} is not a Lipschitz constant; write a number like 1.5", param, ctx)
+        return number
+
+
 def _number(text: Any) -> float:
     """Return the number in `0.141` or `36/255`, NaN where there is none."""
     numerator, slash, denominator = str(text).partition("/")
@@ -82,6 +94,12 @@ def _writable_target(ctx: click.Context, param: click.Parameter, value: str | No
             raise click.BadParameter(f"{value} is a folder; name a file or - for stdout", ctx, param)
         require_writable(Path(value).parent)
     return value
+
+
+def _page_target(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value == "-":
+        raise click.BadParameter("the page goes into a file; write --html page.html", ctx, param)
+    return _writable_target(ctx, param, value)
 
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -101,6 +119,9 @@ data_root_option: Decorator = click.option(
 )
 json_option: Decorator = click.option(
     "--json", "json_file", metavar="FILE", callback=_writable_target, help="Write the result as JSON; - is stdout."
+)
+html_option: Decorator = click.option(
+    "--html", "html_file", metavar="FILE", callback=_page_target, help="Write the result as one self-contained page."
 )
 
 

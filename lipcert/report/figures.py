@@ -81,7 +81,7 @@ def depth(runs: Sequence[Run], layers: Sequence[pandas.DataFrame]) -> Figure | N
         if not entries:
             return None
         axes.set_yscale("log")
-        _plain_log(axes)
+        plain_log(axes)
         axes.set(xlabel="layer, in the order of execution", ylabel="bound up to here", xlim=(0.5, None))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _legend(figure, entries if len(entries) > 1 else [])
@@ -111,7 +111,7 @@ def training(runs: Sequence[Run]) -> Figure | None:
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             if title.startswith("Lipschitz"):
                 axes.set_yscale("log")
-                _plain_log(axes)
+                plain_log(axes)
             lines = [Line2D([], [], color=MUTED, **_metric_style(dashed)) for _, dashed in names]
             labels = [label for label, _ in names]
             axes.legend(lines, labels, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=2)
@@ -192,7 +192,7 @@ def _name_radii(axes: Axes, radii: Sequence[float]) -> None:
                           textcoords="offset points", ha="center", fontsize=8.5, color=MUTED)  # fmt: skip
 
 
-def _plain_log(axes: Axes) -> None:
+def plain_log(axes: Axes) -> None:
     """Label a logarithmic axis with plain numbers, also where it spans less than a decade."""
     low, high = axes.get_ylim()
     decades = math.log10(high / low)

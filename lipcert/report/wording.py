@@ -31,22 +31,22 @@ def significant(value: float | None, digits: int = 4, rounding: str = ROUND_HALF
     return format(rounded, "f" if plain else f".{digits - 1}e").replace("-", "−", 1 if value < 0 else 0)
 
 
-def upper(value: float | None) -> str:
+def upper(value: float | None, digits: int = 4) -> str:
     """Write an upper bound, rounded up.
 
     >>> upper(26.690001), upper(1.0000000000000002)
     ('26.70', '1.000')
     """
-    return significant(None if value is None else value * (1 - _SLACK), rounding=ROUND_CEILING)
+    return significant(None if value is None else value * (1 - _SLACK), digits, ROUND_CEILING)
 
 
-def lower(value: float | None) -> str:
+def lower(value: float | None, digits: int = 4) -> str:
     """Write a lower bound, rounded down.
 
     >>> lower(26.699999)
     '26.69'
     """
-    return significant(None if value is None else value * (1 + _SLACK), rounding=ROUND_FLOOR)
+    return significant(None if value is None else value * (1 + _SLACK), digits, ROUND_FLOOR)
 
 
 def percent(value: float | None) -> str:
