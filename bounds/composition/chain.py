@@ -98,9 +98,7 @@ class Chain:
     def _balanced(self) -> Chain:
         """Return the chain with the largest entry of every matrix in [1/2, 1)."""
         pairs = [scaled(W) for W in self.matrices]
-        errors = tuple(
-            add_up(scale_up(e, -shift), TINY) for e, (_, shift) in zip(self.errors, pairs, strict=True)
-        )
+        errors = tuple(add_up(scale_up(e, -shift), TINY) for e, (_, shift) in zip(self.errors, pairs, strict=True))
         exponent = self.exponent + sum(shift for _, shift in pairs)
         return replace(self, matrices=tuple(W for W, _ in pairs), errors=errors, exponent=exponent)
 
