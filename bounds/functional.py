@@ -2,16 +2,22 @@
 
 `relu_` on the fresh output of a convolution is `relu`, as long as nothing else looks at the same memory. Writing
 through views (`out[:, :4] = x[:, 4:]`) needs torch's own functionalisation, which turns it into `slice_scatter`; it
-also renames some operators, so it is used only where it is needed.
+also renames some operators, so it is used only where it is needed. Regions that only switch gradients or autocast are
+written out in place: casts mean nothing to a graph that is evaluated in one precision.
 """
 
 from __future__ import annotations
 
+import operator
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from lipcert.bounds.core import BoundError
+
+_REGIONS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 
 # operators whose result is new memory that no other value shares
 _FRESH = frozenset(
@@ -23,10 +29,56 @@ _FRESH = frozenset(
 
 def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """Return the program itself if its in-place operators are simple, else torch's functionalised form of it."""
-    changing = [node for node in program.graph.nodes if is_inplace(node)]
-    if all(_simple(node) for node in changing):
+    if not _unclear(program):
         return program
-    return program.run_decompositions({})
+    program = program.run_decompositions({})
+    for node in _unclear(program):
+        raise BoundError(
+            f"{node.target} writes into memory that other values may share ({module_path(node)}, {source_line(node)}); "
+            "write it without changing a tensor in place"
+        )
+    return program
+
+
+def _unclear(program: torch.export.ExportedProgram) -> list[torch.fx.Node]:
+    """Return the in-place operators, in any region, that are not simple."""
+    graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+    return [node for graph in graphs for node in graph.nodes if is_inplace(node) and not _simple(node)]
+
+
+def inlined(module: torch.fx.GraphModule) -> torch.fx.Graph:
+    """Return a copy of the graph of a program in which regions stand in place of the calls to them.
+
+    Raises BoundError for branches, loops and every other operator that runs a graph of its own.
+    """
+    graph = torch.fx.Graph()
+    graph.output(_write(module, graph, {}))
+    return graph
+
+
+def _write(module: torch.fx.GraphModule, graph: torch.fx.Graph, known: dict[torch.fx.Node, Any]) -> Any:
+    """Copy the nodes of a module to the end of a graph and return what it outputs; `known` starts as its arguments."""
+    for node in module.graph.nodes:
+        if node in known or node.op == "get_attr":
+            continue
+        if node.op == "output":
+            return torch.fx.node.map_arg(node.args[0], known.__getitem__)
+        called = [a for a in node.args if isinstance(a, torch.fx.Node) and a.op == "get_attr"]
+        if called:
+            region = getattr(module, str(called[0].target))
+            if str(node.target) not in _REGIONS or not isinstance(region, torch.fx.GraphModule):
+                raise BoundError(
+                    f"{node.target} runs a part of the program under a condition or repeatedly ({module_path(node)}, "
+                    f"{source_line(node)}); only a fixed sequence of operators can be bounded"
+                )
+            given = [known[a] for a in node.args[node.args.index(called[0]) + 1 :]]
+            inner = dict(zip(region.graph.find_nodes(op="placeholder"), given, strict=True))
+            known[node] = _write(region, graph, inner)
+        elif node.target is operator.getitem and isinstance(known[node.args[0]], list | tuple):
+            known[node] = known[node.args[0]][node.args[1]]
+        else:
+            known[node] = graph.node_copy(node, known.__getitem__)
+    raise BoundError("the exported program has no output")
 
 
 def is_inplace(node: torch.fx.Node) -> bool:

@@ -5,6 +5,12 @@ symbolic batch, so that the graph shows which dimension of every value counts th
 (weights, buffers, literals) are evaluated once in float64; what they give is from then on part of the weights. In-place
 operators become ordinary ones, pieces of a `chunk`, `split` or `unbind` become slices, casts between floating-point
 types disappear: the graph is evaluated in one precision.
+
+A model may return its result in a dictionary, a tuple or a dataclass, as long as it is the only one.
+
+*Models for one image at a time.* Where torch.export cannot keep the batch symbolic (a program that fixes its batch),
+the model is exported for a batch of exactly one image, and evaluated image by image. What is then proved is a property
+of that function of one image; a model that gives other results for images in a batch is refused.
 """
 
 from __future__ import annotations
@@ -12,6 +18,7 @@ from __future__ import annotations
 import copy
 import operator
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -20,8 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from lipcert.bounds.core import BoundError
-from lipcert.bounds.functional import functional, is_inplace, module_path, out_of_place, source_line
+from lipcert.bounds.functional import functional, inlined, is_inplace, module_path, out_of_place, source_line
 from lipcert.bounds.graph import BatchConstant, BatchSize, Graph, Node, Ref, call, leaves, refs
+from lipcert.bounds.lowering import lowered
 from lipcert.bounds.simplify import pruned
 
 Example = tuple[int, ...]
@@ -70,11 +78,43 @@ def _export(model: nn.Module, input_shape: Example) -> torch.export.ExportedProg
         try:
             return torch.export.export(model, (example,), dynamic_shapes=dynamic, strict=False)
         except Exception as error:
+            try:
+                program = torch.export.export(model, (example[:1],), strict=False)
+            except Exception:
+                program = None
+            if program is not None:
+                _same_alone(model, example)
+                return program
             raise BoundError(
                 f"torch.export cannot export the model for inputs (batch, {', '.join(map(str, input_shape))}): "
                 f"{_first_line(error)}. Give the right input shape, and keep the program free of branches on data and "
                 "of a fixed batch size"
             ) from error
+
+
+def _same_alone(model: nn.Module, example: Tensor) -> None:
+    """Raise BoundError if a model gives other results for images in a batch than for each of them alone."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(3, *example.shape[1:], generator=generator, dtype=torch.float64).to(example.device)
+    alone = [_tensors(model(image)) for image in images.split(1)]
+    try:
+        together = _tensors(model(images))
+    except Exception:
+        return  # it takes one image at a time
+    for k, part in enumerate(together):
+        rows = [result[k] for result in alone]
+        if any(row.shape[:1] != (1,) for row in rows) or part.shape != (3, *rows[0].shape[1:]):
+            raise BoundError("the model gives results of other shapes for images in a batch than for one image")
+        expected = torch.cat(rows)
+        if not torch.allclose(part, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max())):
+            raise BoundError(
+                "the model gives other results for images in a batch than for each of them alone; "
+                "a certificate needs a function of one image"
+            )
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
 def _first_line(error: Exception) -> str:
@@ -99,7 +139,7 @@ class _Builder:
             changed = ", ".join((signature.buffers_to_mutate or signature.user_inputs_to_mutate).values())
             raise BoundError(f"the model changes {changed} while it runs; only a fixed function can be bounded")
         with torch.no_grad():
-            for node in self.program.graph.nodes:
+            for node in inlined(self.program.graph_module).nodes:
                 if node.op == "placeholder":
                     self.environment[node] = self._placeholder(node)
                 elif node.op == "call_function":
@@ -282,13 +322,19 @@ class _Builder:
             "a certificate needs a function of one image"
         )
 
+    def _entries(self, count: int) -> str:
+        """Return how many values the program returns, and their names where it has names for them."""
+        spec = self.program.call_spec.out_spec
+        names = spec.context if spec is not None and spec.type in (dict, OrderedDict) else ()
+        return f"{count} values" + (f" ({', '.join(map(repr, names))})" if names else "")
+
     def _finish(self, node: torch.fx.Node) -> Graph:
         outputs: Any = node.args[0]
         results = [self.environment[value] if isinstance(value, torch.fx.Node) else value for value in outputs]
         if len(results) != 1 or not isinstance(results[0], Ref):
             raise BoundError(
-                f"the model must return one tensor that depends on its input; it returns {len(results)} values. "
-                "Wrap it in a module that picks one"
+                "the model must return one tensor that depends on its input, but it returns "
+                f"{self._entries(len(results))}; wrap it in a module that picks one"
             )
         result = self.nodes[results[0].name]
         if self.symbol is not None and (result.batch != 0 or result.shape[0] != 1):
@@ -299,7 +345,7 @@ class _Builder:
         graph = Graph(
             tuple(self.nodes.values()), results[0].name, MappingProxyType(self.weights), self.symbol is not None
         )
-        return pruned(graph)
+        return pruned(lowered(graph))
 
 
 def _bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,29 @@
 """The rows of the rule table, one family per file; importing this package registers them all."""
 
-from lipcert.bounds.rules import elementwise, joining, linear, normalisation, pooling, product, shape, steep
+from lipcert.bounds.rules import (
+    attention,
+    elementwise,
+    joining,
+    linear,
+    normalisation,
+    pooling,
+    product,
+    resample,
+    selection,
+    shape,
+    steep,
+)
 
-__all__ = ["elementwise", "joining", "linear", "normalisation", "pooling", "product", "shape", "steep"]
+__all__ = [
+    "attention",
+    "elementwise",
+    "joining",
+    "linear",
+    "normalisation",
+    "pooling",
+    "product",
+    "resample",
+    "selection",
+    "shape",
+    "steep",
+]

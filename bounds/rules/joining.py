@@ -16,7 +16,7 @@ from lipcert.bounds.affine import compose, stack
 from lipcert.bounds.core import Bound, BoundError, rule
 from lipcert.bounds.graph import BatchConstant, Node, Ref
 from lipcert.bounds.propagation import Context
-from lipcert.bounds.ranges import Range, Ranges, monotone, ranged
+from lipcert.bounds.ranges import Range, Ranges, hull, monotone, ranged
 from lipcert.bounds.rounding import sqrt_up
 from lipcert.bounds.rules.shape import isometry, shift
 from lipcert.bounds.values import ONE, Anchor, Representation, Rounding, Value, added, broadcast
@@ -78,14 +78,23 @@ def expand(node: Node, context: Context) -> Value:
     return _expanded(node, context, context.data(node, "self"))
 
 
-@rule("aten.repeat.default", "aten.tile.default")
-def repeat(node: Node, context: Context) -> Value:
-    """Repeat a value n times: √n."""
-    x = context.data(node, "self")
-    if x.node.batch is not None and (node.batch is None or node.shape[node.batch] != x.shape[x.node.batch]):
-        raise context.mixed(node)
-    norm = Bound(sqrt_up(float(math.prod(node.shape) // math.prod(x.shape))), "upper", "copies")
-    return context.linear(node, x, None, norm=lambda: norm, cheap=norm.value)
+@rule("aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf", "aten.masked_fill.Scalar",
+      "aten.masked_fill.Tensor")  # fmt: skip
+def where(node: Node, context: Context) -> Value:
+    """Bound a choice between two values by a constant mask: what is left of them is disjoint, √ΣL².
+
+    A mask that depends on the input jumps.
+    """
+    masked = "masked_fill" in node.op
+    first, second = ("self", "value") if masked else ("self", "other")
+    values = [context.live[node[name].name] for name in (first, second) if isinstance(node[name], Ref)]
+    if isinstance(node["mask" if masked else "condition"], Ref):
+        return context.unbounded(node, [context.live[n] for n in node.inputs], "the condition depends on the input")
+    for x in values:
+        context.aligned(node, x)
+    copies = max(math.prod(node.shape) // max(1, math.prod(x.shape)) for x in values)
+    factor = Bound(sqrt_up(float(copies)), "upper", "copies")
+    return context.nonlinear(node, values, factor, rounding=Rounding(constant=(1, context.offset(node))))
 
 
 def _together(
@@ -189,8 +198,19 @@ def _expanded(node: Node, context: Context, x: Value) -> Value:
 @ranged(
     "aten.cat.default", "aten.concat.default", "aten.stack.default", "aten.slice_scatter.default",
     "aten.select_scatter.default", "aten.copy.default", "aten.expand.default", "aten.expand_as.default",
-    "aten.broadcast_to.default", "aten.repeat.default", "aten.tile.default",
+    "aten.broadcast_to.default", "aten.repeat.default", "aten.tile.default", "aten.masked_fill.Scalar",
+    "aten.masked_fill.Tensor",
 )  # fmt: skip
 def _joined_range(node: Node, ranges: Ranges) -> Range:
     """Join the ends as the operator joins the entries."""
     return monotone(node, ranges)
+
+
+@ranged("aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf")
+def _either_range(node: Node, ranges: Ranges) -> Range:
+    """Range over both values, whatever the condition."""
+    if not isinstance(node["condition"], Ref):
+        return monotone(node, ranges)
+    found = hull(ranges.of(node, "self"), ranges.of(node, "other"))
+    shape = (1,) * (len(node.shape) - found.low.ndim)
+    return Range(found.low.reshape(*shape, *found.low.shape), found.high.reshape(*shape, *found.high.shape))

@@ -112,6 +112,15 @@ def addmm(node: Node, context: Context) -> Value:
     return contraction(node, context, x, matrix.T, 1, bias="self")
 
 
+@rule("aten.cumsum.default")
+def cumulative_sum(node: Node, context: Context) -> Value:
+    """Bound a cumulative sum as the lower triangular matrix of ones that it is."""
+    x = context.data(node, "self")
+    dim = context.axis(node, x, node["dim"])
+    ones = torch.ones(x.shape[dim], x.shape[dim], dtype=torch.float64, device=x.device)
+    return contraction(node, context, x, ones.tril(), dim, bias="")
+
+
 def contraction(
     node: Node, context: Context, x: Value, matrix: Tensor, dim: int, *, bias: str = "bias", blocks: int = 1
 ) -> Value:

@@ -136,6 +136,21 @@ def max_pool(node: Node, context: Context) -> Value:
     return context.nonlinear(node, [x], Bound(sqrt_up(float(math.prod(counts))), "upper", "windows per pixel"))
 
 
+@rule("aten.adaptive_max_pool1d.default", "aten.adaptive_max_pool2d.default", "aten.adaptive_max_pool3d.default")
+def adaptive_max_pool(node: Node, context: Context) -> Value:
+    """Bound adaptive max pooling as `max_pool`; window i of m covers ⌊i n/m⌋ to ⌈(i+1) n/m⌉."""
+    x = context.data(node, "self")
+    _values_only(node)
+    axes = int(node.op[node.op.index("pool") + 4])
+    counts = []
+    for dim in range(len(x.shape) - axes, len(x.shape)):
+        context.axis(node, x, dim)
+        n, m = x.shape[dim], node.shape[dim]
+        places = (j for i in range(m) for j in range(i * n // m, -(-(i + 1) * n // m)))
+        counts.append(max(Counter(places).values()))
+    return context.nonlinear(node, [x], Bound(sqrt_up(float(math.prod(counts))), "upper", "windows per pixel"))
+
+
 @rule("aten.avg_pool1d.default", "aten.avg_pool2d.default", "aten.avg_pool3d.default")
 def avg_pool(node: Node, context: Context) -> Value:
     """Bound average pooling: a convolution of one channel, fused; where windows differ, ‖A_h‖‖A_w‖ of its axes."""

@@ -22,6 +22,7 @@ from lipcert.bounds.layout import Layout
 from lipcert.bounds.propagation import Context
 from lipcert.bounds.ranges import Range, Ranges, monotone, ranged
 from lipcert.bounds.rounding import sqrt_up
+from lipcert.bounds.rules.selection import picked
 from lipcert.bounds.values import ONE, Piece, Representation, Rounding, Transform, Value
 
 
@@ -90,13 +91,13 @@ def part(node: Node, context: Context) -> Value:
 
 @rule("aten.index.Tensor")
 def gather(node: Node, context: Context) -> Value:
-    """Keep constant indices of one dimension: √(largest number of repeats of an index)."""
+    """Keep constant indices: √(largest number of repeats of an entry); of one dimension, a piece of what was cut."""
     x = context.data(node, "self")
     given = [(d, index) for d, index in enumerate(node["indices"]) if index is not None]
     if any(isinstance(index, Ref) for _, index in given) or len(node.inputs) > 1:
         return context.unbounded(node, [context.live[n] for n in node.inputs], "the index depends on the input")
     if len(given) != 1 or given[0][1].ndim != 1 or given[0][1].dtype == torch.bool:
-        raise BoundError(f"indexing several dimensions at once has no rule ({node.place}); index one after the other")
+        return picked(node, context, x)
     dim = context.axis(node, x, given[0][0])
     return _cut(node, context, x, dim, [int(i) % x.shape[dim] for i in given[0][1]], drop=False)
 
