@@ -3,10 +3,12 @@
 Layer, group and instance normalisation take two passes, so that the variance comes from the differences themselves.
 Long inner products of convolutions and matrices are summed in blocks: an error of γ_{n/b + b} instead of γ_n, a tenth
 for the usual sizes, at the same cost. hardsigmoid divides by 6, where torch multiplies by 1/6 rounded to float32.
+Attention is written out.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,6 +93,17 @@ def _hardswish(node: Node, a: dict[str, Any], blocks: int) -> Tensor:
     return a["self"] * _hardsigmoid(node, a, blocks)
 
 
+def _attention(node: Node, a: dict[str, Any], blocks: int) -> Tensor:
+    q, k, scale = a["query"], a["key"], a["scale"]
+    scores = (q @ k.mT) * (1.0 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    mask = a["attn_mask"]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    if a["is_causal"]:
+        scores = scores + torch.full(scores.shape[-2:], -math.inf, dtype=scores.dtype, device=scores.device).triu(1)
+    return scores.softmax(-1) @ a["value"]
+
+
 def _view(node: Node, a: dict[str, Any], blocks: int) -> Tensor:
     return a["self"].reshape(a["size"])  # what was contiguous in the model may not be here
 
@@ -106,4 +119,5 @@ _OWN: dict[str, Callable[[Node, dict[str, Any], int], Tensor]] = {
     "aten.group_norm.default": _group_norm,
     "aten.native_group_norm.default": _group_norm,
     "aten.instance_norm.default": _instance_norm,
+    "aten.scaled_dot_product_attention.default": _attention,
 }

@@ -9,6 +9,7 @@ the same order.
   pattern.
 - `lipcert.maxmin_along(x, dim)`: a concatenation of the maximum and the minimum of x over one dimension of size 2.
 - `lipcert.center(x, dims)`: x minus its mean over dimensions that are kept.
+- `lipcert.normalize(x, dim, eps, kind)`: rows divided by their length, see `composites`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lipcert.bounds.composites import normalisation, normalize
 from lipcert.bounds.graph import Graph, Node, Ref
 from lipcert.bounds.simplify import pruned, simplify
 
@@ -35,7 +37,7 @@ def lift(graph: Graph) -> Graph:
     graph = simplify(graph)
     table = {node.name: node for node in graph.nodes}
     for node in graph.nodes:
-        match = _maxmin(node, table) or _center(node, table)
+        match = _maxmin(node, table) or _center(node, table) or normalisation(node, table)
         if match is not None:
             op, arguments = match
             table[node.name] = replace(node, op=op, arguments=MappingProxyType(arguments), target=_TARGETS[op])
@@ -123,4 +125,5 @@ def center(x: Tensor, dims: Sequence[int]) -> Tensor:
     return x - x.mean(tuple(dims), keepdim=True)
 
 
-_TARGETS = {"lipcert.maxmin": maxmin, "lipcert.maxmin_along": maxmin_along, "lipcert.center": center}
+_TARGETS = {"lipcert.maxmin": maxmin, "lipcert.maxmin_along": maxmin_along, "lipcert.center": center,
+            "lipcert.normalize": normalize}  # fmt: skip

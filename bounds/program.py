@@ -162,6 +162,8 @@ class Program:
                 [exact[i] for i in derivation.sources],
                 derivation.joint,
             )
+            for source, margin in zip(derivation.sources, derivation.margins, strict=False):
+                carried = torch.where(exact[source] <= margin, carried, math.inf)
             inside = self._local(index, derivation.sources, fresh, local, zero)
             exact[index] = torch.minimum((carried + inside) * SLACK, rough[index])
         return exact, rough

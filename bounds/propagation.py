@@ -26,6 +26,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from lipcert.bounds import attention
 from lipcert.bounds.affine import segment_bound, stack
 from lipcert.bounds.composition.segments import Segments
 from lipcert.bounds.core import RULES, Bound, BoundError, unknown_operators
@@ -61,6 +62,7 @@ class Context:
         self.ranges = Ranges(graph, domain)
         self.nodes = graph.nodes
         self.live: dict[str, Value] = {}
+        self.kept: dict[str, Value] = {}  # those named in `keep`, and those that a rule asks for after their last use
         self.steps: list[Step] = []
         self.merged: list[tuple[int, int]] = []
         self.derivations: dict[int, Derivation] = {}
@@ -385,22 +387,23 @@ def propagate(
     if missing is not None:
         raise missing
     context = Context(graph, method, domain, Segments(graph, {*keep}, tightness, method))
+    wanted = {*keep, *attention.sources(context.ranges.nodes)}
     source = context.value(graph.input, [], [], Rounding())
     context.derivations[0] = Derivation((), (), Bound(1.0, "upper", ""), "input")
     context.live[graph.input.name] = source
-    kept = {name: source for name in keep if name == graph.input.name}
+    context.kept = {name: source for name in wanted if name == graph.input.name}
     last = {name: node.name for node in graph.nodes for name in node.inputs}
     for node in graph.nodes[1:]:
         value = RULES[node.op](node, context)
         if value.shape != node.shape:
             raise RuntimeError(f"the rule of {node.op} returned a value of another node ({node.place})")
         context.live[node.name] = value
-        if node.name in keep:
-            kept[node.name] = value
+        if node.name in wanted:
+            context.kept[node.name] = value
         for name in set(node.inputs):
             if last[name] == node.name:
                 context.retire(context.live.pop(name))
-    return context, kept
+    return context, {name: context.kept[name] for name in keep}
 
 
 def _whole(parent: Value, piece: Piece) -> bool:

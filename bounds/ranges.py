@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lipcert.bounds.graph import BatchConstant, BatchSize, Graph, Node, Ref, call
-from lipcert.bounds.rounding import gamma, sqrt_up
+from lipcert.bounds.rounding import gamma
 
 LIBRARY = 2.0**-46  # relative error granted to functions of the C library, 128 units in the last place
 FAR = 1e300  # stands for ∞ where a function would give NaN
@@ -144,14 +144,14 @@ class Ranges:
         result = call(node.target, {key: self._plain(argument, pick) for key, argument in arguments.items()})
         return result[node.output or 0] if isinstance(result, tuple | list) else result
 
-    def row_norm(self, name: str, dim: int) -> float:
-        """Return the largest l2 norm that a row along a dimension can have: √Σ (largest absolute values)²."""
-        node = self.nodes[name]
-        magnitude = self(name).magnitude
-        size = node.shape[dim]
-        squares = magnitude.square().expand(*magnitude.shape[:dim], size, *magnitude.shape[dim:][1:]).sum(dim)
-        largest = float(squares.max())
-        return sqrt_up(largest * (1.0 + 2.0**-50 * (size + 4))) if math.isfinite(largest) else math.inf
+    def matrix_norm(self, name: str) -> float:
+        """Bound the spectral norm of every matrix in a stack (..., m, n): by Frobenius, and by √(‖·‖₁‖·‖_∞)."""
+        shape = self.nodes[name].shape
+        magnitude = self(name).magnitude.expand(shape)
+        columns, rows = magnitude.sum(-2).amax(-1), magnitude.sum(-1).amax(-1)
+        square = torch.linalg.vector_norm(magnitude, dim=(-2, -1))
+        best = float(torch.minimum(square, (columns * rows).sqrt()).max())
+        return math.inf if math.isnan(best) else best * (1.0 + 2.0**-50 * (sum(shape[-2:]) * 4 + 16))
 
     def _plain(self, argument: Any, pick: Callable[[Range], Tensor]) -> Any:
         if isinstance(argument, Ref):

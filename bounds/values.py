@@ -92,6 +92,7 @@ class Derivation:
     joint: bool = False
     members: frozenset[int] = frozenset()
     reason: str = ""  # why there is no bound
+    margins: tuple[float, ...] = ()
     carried: Derivation | None = None
 
 

@@ -80,6 +80,40 @@ def instance_norm(node: Node, context: Context) -> Value:
     return _normalised(node, context, x, [math.prod(x.shape[2:])])
 
 
+@rule("lipcert.normalize")
+def normalize(node: Node, context: Context) -> Value:
+    """Bound the normalisation of rows by 1/ε or 1/√ε; see `lipcert.bounds.composites` for the four forms."""
+    x = context.data(node, "x")
+    count = x.shape[context.axis(node, x, node["dim"])]
+    eps = float(node["eps"])
+    if eps <= 0.0:
+        return context.unbounded(node, [x], "normalisation with ε = 0 has no Lipschitz constant")
+    slope = div_up(1.0, eps if node["kind"] in ("max", "sum") else math.nextafter(math.sqrt(eps), 0.0))
+    label = "1/ε" if node["kind"] in ("max", "sum") else "1/√ε"
+    rounding = Rounding(output=count + 16, operations=count + 8)
+    return context.nonlinear(node, [x], Bound(slope, "upper", label), rounding=rounding)
+
+
+@rule("aten.rms_norm.default")
+def rms_norm(node: Node, context: Context) -> Value:
+    """Bound RMSNorm, weight·x/√(mean x² + ε), by max|weight|/√ε."""
+    x = context.data(node, "input")
+    shape = [int(size) for size in node["normalized_shape"]]
+    for dim in range(1, len(shape) + 1):
+        context.axis(node, x, -dim)
+    if isinstance(node["weight"], Ref):
+        return context.unbounded(node, [context.live[n] for n in node.inputs], "the weight depends on the input")
+    weight = context.constant(node, "weight")
+    eps = torch.finfo(torch.float64).eps if node["eps"] is None else float(node["eps"])
+    if eps <= 0.0:
+        return context.unbounded(node, [x], "normalisation with ε = 0 has no Lipschitz constant")
+    largest = 1.0 if weight is None else float(weight.abs().max())
+    slope = div_up(largest, math.nextafter(math.sqrt(eps), 0.0))
+    count = math.prod(shape)
+    rounding = Rounding(output=count + 16, operations=count + 8)
+    return context.nonlinear(node, [x], Bound(slope, "upper", "1/√ε"), rounding=rounding)
+
+
 def _normalised(node: Node, context: Context, x: Value, shape: Sequence[int]) -> Value:
     """Return the value of weight·(x - mean)/√(var + ε) + bias over groups of ∏shape entries.
 
@@ -152,3 +186,22 @@ def _normalised_range(node: Node, ranges: Ranges) -> Range:
     if weight is not None:
         found = product(found, Range(weight.reshape(shape), weight.reshape(shape)))
     return found if bias is None else total(found, Range(bias.reshape(shape), bias.reshape(shape)))
+
+
+@ranged("lipcert.normalize")
+def _unit_range(node: Node, ranges: Ranges) -> Range:
+    """Range over entries of rows of length at most 1, or √D where the mean is taken."""
+    size = math.sqrt(node.shape[node["dim"]]) * (1.0 + 2.0**-50) if node["kind"] == "mean" else 1.0
+    return ranges.constant(node, -size, size)
+
+
+@ranged("aten.rms_norm.default")
+def _rms_range(node: Node, ranges: Ranges) -> Range:
+    if isinstance(node["weight"], Ref):
+        return ranges.unknown(node)
+    count = math.prod(int(size) for size in node["normalized_shape"])
+    found = ranges.constant(node, -math.sqrt(count), math.sqrt(count))
+    if node["weight"] is None:
+        return found
+    weight = node["weight"].reshape((1,) * (len(node.shape) - node["weight"].ndim) + tuple(node["weight"].shape))
+    return product(found, Range(weight, weight))

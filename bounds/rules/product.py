@@ -9,7 +9,6 @@ that is constant makes it a diagonal map.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -20,12 +19,13 @@ from lipcert.bounds.graph import Node, Ref
 from lipcert.bounds.matrix import spectral_norm_upper
 from lipcert.bounds.propagation import Context
 from lipcert.bounds.ranges import Range, Ranges, product, ranged, widened
-from lipcert.bounds.rounding import add_up, div_up, mul_up, sqrt_up, up
+from lipcert.bounds.rounding import div_up, mul_up, sqrt_up, up
+from lipcert.bounds.rules.attention import written_out
 from lipcert.bounds.rules.elementwise import scale, spread
 from lipcert.bounds.rules.linear import contraction, schur
+from lipcert.bounds.rules.margins import LOOSE, both, margin, wide
 from lipcert.bounds.values import ONE, Rounding, Value
 
-LOOSE = 2.0**-10  # relative margin by which computed factors may leave their ranges
 SILU = Bound(up(1.0998393201288669), "upper", "slope")
 
 
@@ -94,7 +94,9 @@ def matmul(node: Node, context: Context) -> Value:
             if len(x.shape) < 2 or (x.node.batch is not None and x.node.batch >= len(x.shape) - 2):
                 raise context.mixed(node)
             context.aligned(node, x)
-        sizes = [matrix_norm(context.ranges, x) for x in (a, b)]
+        if (attended := written_out(node, context, a, b)) is not None:
+            return attended
+        sizes = [context.ranges.matrix_norm(x.node.name) for x in (a, b)]
         copies = [_stacked_copies(node, x) for x in (a, b)]
         factors = [mul_up(wide(size), copy) for size, copy in zip(sizes[::-1], copies, strict=True)]
         length = a.shape[-1]
@@ -139,42 +141,9 @@ def vector_norm(node: Node, context: Context) -> Value:
     return context.nonlinear(node, [x], factor, rounding=Rounding(output=count + 8, operations=count))
 
 
-def both(
-    node: Node, context: Context, inputs: Sequence[Value], factors: Sequence[float], margins: Sequence[float],
-    rounding: Rounding,
-) -> Value:  # fmt: skip
-    """Return the value of a function with ‖Δresult‖ ≤ Σ factor·‖Δinput‖ on the domain; ∞ where a factor is."""
-    if any(math.isinf(factor) for factor in factors):
-        return context.unbounded(node, inputs, "the ranges of its arguments are not known")
-    value = context.value(node, inputs, factors, rounding, margins=margins)
-    bounds = [Bound(factor, "upper", "range") for factor in factors]
-    value.candidates.append(lambda: context.derive(inputs, bounds, node.op.split(".")[1]))
-    context.bound(value)
-    return value
-
-
-def wide(size: float) -> float:
-    """Return a size enlarged by its margin."""
-    return add_up(size, margin(size))
-
-
-def margin(size: float) -> float:
-    """Return how far a computed value may leave a range of this size."""
-    return size * LOOSE + 2.0**-40
-
-
 def distance_from_zero(found: Range) -> float:
     """Return the least absolute value in a range, 0 if it contains zero or touches it."""
     return max(0.0, float(torch.maximum(found.low, -found.high).min()))
-
-
-def matrix_norm(ranges: Ranges, x: Value) -> float:
-    """Bound the spectral norm of every matrix in a stack, from the ranges of its entries."""
-    magnitude = ranges(x.node.name).magnitude.expand(x.shape)
-    columns, rows = magnitude.sum(-2).amax(-1), magnitude.sum(-1).amax(-1)
-    square = torch.linalg.vector_norm(magnitude, dim=(-2, -1))
-    best = float(torch.minimum(square, (columns * rows).sqrt()).max())
-    return best * (1.0 + 2.0**-50 * (sum(x.shape[-2:]) * 4 + 16)) if not math.isnan(best) else math.inf
 
 
 def _stacked_copies(node: Node, x: Value) -> float:

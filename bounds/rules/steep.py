@@ -17,7 +17,7 @@ from lipcert.bounds.ranges import LIBRARY as RELATIVE
 from lipcert.bounds.ranges import Range, Ranges, monotone, ranged, widened
 from lipcert.bounds.rounding import sqrt_up
 from lipcert.bounds.rules.elementwise import LIBRARY
-from lipcert.bounds.rules.product import LOOSE
+from lipcert.bounds.rules.margins import LOOSE
 from lipcert.bounds.values import ONE, Rounding, Value
 
 SAFE = 1.0 + 2.0**-40  # more than the error of the few operations that evaluate a slope
@@ -139,4 +139,7 @@ def _probabilities(node: Node, ranges: Ranges) -> Range:
 
 @ranged("aten.log_softmax.int", "aten._log_softmax.default")
 def _log_probabilities(node: Node, ranges: Ranges) -> Range:
-    return ranges.constant(node, -math.inf, 0.0)
+    """Range over x - log Σ e^x ≥ x - max x - log n."""
+    x, dim = ranges.of(node, "self"), node["dim"]
+    least = x.low - x.high.amax(dim, keepdim=True) - math.log(node.shape[dim]) * SAFE
+    return Range(least - (least.abs() + x.magnitude) * 2.0**-50, torch.zeros_like(least))

@@ -1,0 +1,111 @@
+"""Softmax attention on bounded rows: how far the output can move for given moves of queries, keys and values.
+
+O = P V with P = softmax(s Q Kᵀ + B) row by row, for N_q queries and N_k keys, B constant. With the rows of K and V in
+balls of radius R_k and R_v (whatever the centres, the same for all keys of one head) and the rows of Q of norm at most
+R_q,
+
+    ‖dO‖_F ≤ |s| R_v R_k ‖dQ‖_F + |s| R_v R_q √c ‖dK‖_F + √c ‖dV‖_F,                                            (1)
+
+where c bounds every column sum of P. *Proof.* dO_i = Σ_j p_ij (v_j - v̄_i) dS_ij + Σ_j p_ij dv_j with
+dS_ij = s(⟨dq_i, k_j⟩ + ⟨q_i, dk_j⟩) and v̄_i = Σ_j p_ij v_j; the first sum does not change when a number that does not
+depend on j is added to dS_ij, so k_j may be replaced by k_j - k_0 for the centre k_0. By Cauchy-Schwarz for the
+probabilities p_i· it is at most (Σ_j p_ij ‖v_j - v̄_i‖²)^½ (Σ_j p_ij dS_ij²)^½, and the variance of points in a ball of
+radius R_v is at most R_v². The part of dq gives |s| R_v R_k ‖dq_i‖. The part of dk, squared and summed over i, is at
+most s² R_v² R_q² Σ_j (Σ_i p_ij) ‖dk_j‖² ≤ s² R_v² R_q² c ‖dK‖². Last, ‖P‖² ≤ ‖P‖₁ ‖P‖_∞ ≤ c. ∎
+
+*Column sums.* The scores of one row differ by at most D = 2|s| R_q R_k + osc(B), so p_ij ≤ e^D / (e^D + M_i - 1) with
+M_i the keys that row i may see; c ≤ max over j of the sum of that over the rows that see j. So c ≤ N_q, and c tends to
+N_q/N_k where scores are nearly equal: (1) is at most of order √N, and independent of N for small s R_q R_k.
+
+Several heads and windows act on disjoint parts: the coefficients are the largest, the norms those of all parts
+together (Minkowski). Against LipsFormer's theorem (arXiv 2304.09856), whose terms grow as N², (1) has √N; for
+dot-product attention on a bounded set Castin et al. (2024, arXiv 2312.14820) have the same order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lipcert.bounds.graph import Node, Ref
+from lipcert.bounds.origin import origin
+
+SAFE = 1.0 + 2.0**-40  # more than the rounding of the few operations below
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Bound the rows of one head: each has norm at most `norm`, and all lie in one ball of this `radius`."""
+
+    norm: float
+    radius: float
+
+
+def coefficients(
+    queries: Rows, keys: Rows, values: Rows, scale: float, column: float
+) -> tuple[float, float, float]:
+    """Return the coefficients of (1) for dQ, dK and dV, rounded up.
+
+    >>> one = Rows(1.0, 1.0)
+    >>> [round(c, 9) for c in coefficients(one, one, one, 0.5, 4.0)]
+    [0.5, 1.0, 2.0]
+    """
+    root = math.sqrt(column) * SAFE
+    scale = abs(scale) * SAFE
+    return (scale * values.radius * keys.radius * SAFE, scale * values.radius * queries.norm * root * SAFE, root)
+
+
+def column_sum(spread: float, bias: Tensor | None, queries: int, keys: int) -> float:
+    """Bound every column sum of a softmax over rows of scores whose products differ by at most `spread`.
+
+    `bias`: constants added to the scores, (..., queries, keys), -∞ where a key is not seen; None for none. Raises
+    ValueError where a row sees no key at all, as its softmax is not a number.
+
+    >>> round(column_sum(0.0, None, 6, 3), 9), column_sum(math.inf, None, 6, 3)
+    (2.0, 6.0)
+    """
+    if bias is None:
+        return _largest_probability(spread, 0.0, keys) * queries * SAFE
+    seen = (bias > -math.inf).expand(*bias.shape[:-2], queries, keys)
+    count = seen.sum(-1)  # (..., queries)
+    if bool((count == 0).any()):
+        raise ValueError("a row of the attention sees no key")
+    bias = bias.expand(seen.shape)
+    low = torch.where(seen, bias, math.inf).amin(-1)
+    high = torch.where(seen, bias, -math.inf).amax(-1)
+    total = ((high - low) * SAFE + spread).clamp_max(700.0).exp() * SAFE  # (..., queries)
+    largest = torch.where(
+        (high - low) * SAFE + spread > 699.0, torch.ones_like(total), total / (total + (count - 1)) * SAFE
+    ).clamp_max(1.0)
+    columns = torch.where(seen, largest[..., None], 0.0).sum(-2)
+    return float(columns.max()) * SAFE * (1.0 + queries * 2.0**-52)
+
+
+def _largest_probability(spread: float, bias: float, keys: int) -> float:
+    """Return e^D / (e^D + keys - 1), rounded up."""
+    total = spread + bias
+    if keys == 1 or not total < 699.0:
+        return 1.0
+    power = math.exp(total) * SAFE
+    return min(1.0, power / (power + keys - 1) * SAFE)
+
+
+def sources(nodes: Mapping[str, Node]) -> frozenset[str]:
+    """Return the names of the values that the rules of attention ask for after their last consumer."""
+    wanted: set[str] = set()
+    for node in nodes.values():
+        names: list[str] = []
+        if node.op == "aten.scaled_dot_product_attention.default":
+            names = [node[k].name for k in ("query", "key", "value") if isinstance(node[k], Ref)]
+        elif node.op in ("aten.matmul.default", "aten.bmm.default") and len(node.inputs) == 2:
+            names = [*node.inputs]
+        for name in names:
+            wanted.add(name)
+            layer = nodes[origin(nodes, name, places=False).source]
+            if layer.op == "aten.linear.default" and isinstance(layer["input"], Ref):
+                wanted.add(layer["input"].name)
+    return frozenset(wanted)
