@@ -19,6 +19,8 @@ def export(model: nn.Module) -> nn.Module:
     raise InputError.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_complex() or tensor.is_quantized:  # a cast to float64 would drop imaginary parts, or fail
+            raise InputError(f"{name} has the type {tensor.dtype}; only networks of real numbers can be audited")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InputError(f"{name} has NaN or infinite entries; train again or load another checkpoint")
     with torch.no_grad():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lipcert.data.torchvision import import_torchvision
 from lipcert.errors import InputError, missing_extra, unknown
+from lipcert.quiet import quiet
 
 
 class Normalised(nn.Module):
@@ -102,7 +103,8 @@ def timm_model(spec: str) -> tuple[nn.Module, tuple[int, ...] | None]:
     if name not in known:
         raise unknown("timm model", name, known)
     try:
-        network = timm.create_model(name, pretrained=not wanted)
+        with quiet("huggingface_hub", "timm"):
+            network = timm.create_model(name, pretrained=not wanted)
     except Exception as error:  # of the hub, of urllib, or of timm where a model has no weights
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise InputError(f"timm cannot load {name} ({reason}); timm:{name}:random takes random weights") from error

@@ -13,6 +13,7 @@ from torch import nn
 
 from lipcert.errors import InputError, missing_extra, unknown
 from lipcert.foreign import Normalised, Picked
+from lipcert.quiet import quiet
 
 
 def huggingface_model(spec: str) -> tuple[nn.Module, tuple[int, ...] | None]:
@@ -36,36 +37,37 @@ def huggingface_model(spec: str) -> tuple[nn.Module, tuple[int, ...] | None]:
     }
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"{name} holds no config.json; name a folder that save_pretrained wrote")
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
     try:
-        if folder.is_dir() or "/" in name:
-            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        elif wanted and any(name in table for table in kinds.values()):
-            config = transformers.AutoConfig.for_model(name)
-        else:
-            known = {kind for table in kinds.values() for kind in table}
-            if name in known:
-                raise InputError(f"there is no folder {name}; hf:{name}:random builds that model with random weights")
-            raise unknown("folder or kind of model of transformers", name, known)
-        build = _builder(transformers, config, kinds)
-        if wanted:
-            network = build.from_config(config)
-        else:
-            network = build.from_pretrained(name, config=config, use_safetensors=True, trust_remote_code=False)
+        with quiet("huggingface_hub", "transformers"):
+            config, network = _load(transformers, name, wanted, kinds)
     except InputError:
         raise
     except Exception as error:  # OSError for files and the hub, ValueError for configurations, and more
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         hint = "" if wanted else f"; hf:{name}:random takes random weights"
         raise InputError(f"transformers cannot load {name}: {reason.rstrip('.')}{hint}") from error
-    finally:
-        transformers.logging.set_verbosity(verbosity)
     picked: nn.Module = Picked(network.eval(), "logits")
     settings = _preprocessing(folder)
     if settings.get("do_normalize", False) and settings.get("image_mean") and settings.get("image_std"):
         picked = Normalised(picked, settings["image_mean"], settings["image_std"])
     return picked, _shape(config, settings)
+
+
+def _load(transformers: Any, name: str, random: bool, kinds: dict[str, Any]) -> tuple[Any, nn.Module]:
+    """Return the configuration and the network."""
+    if Path(name).is_dir() or "/" in name:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    elif random and any(name in table for table in kinds.values()):
+        config = transformers.AutoConfig.for_model(name)
+    else:
+        known = {kind for table in kinds.values() for kind in table}
+        if name in known:
+            raise InputError(f"there is no folder {name}; hf:{name}:random builds that model with random weights")
+        raise unknown("folder or kind of model of transformers", name, known)
+    build = _builder(transformers, config, kinds)
+    if random:
+        return config, build.from_config(config)
+    return config, build.from_pretrained(name, config=config, use_safetensors=True, trust_remote_code=False)
 
 
 def _builder(transformers: Any, config: Any, kinds: dict[str, Any]) -> Any:

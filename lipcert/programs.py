@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from lipcert.bounds.core import RULES
 from lipcert.bounds.graph import BatchConstant, BatchSize, Graph, Ref, call
 from lipcert.bounds.tracing import trace
 from lipcert.errors import InputError
+from lipcert.quiet import quiet
 
 _MODEL, _WEIGHTS, _CONSTANTS = "models/model.json", "data/weights/", "data/constants/"
 _TENSOR_FILES = re.compile(r"data/(weights/weight|constants/tensor)_\d+")
@@ -83,18 +83,14 @@ class ProgramNetwork(nn.Module):
 def load_program(path: Path) -> torch.export.ExportedProgram:
     """Read a `.pt2` file that `torch.export.save` wrote; InputError names what is damaged or not plain data."""
     archive = _sanitised(path)
-    logger = logging.getLogger("torch.export")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
     try:
-        program = torch.export.load(io.BytesIO(archive))
+        with quiet("torch.export"):
+            program = torch.export.load(io.BytesIO(archive))
         program._example_inputs = _example(program), {}  # torch's functionalisation looks at them
         return program
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"torch cannot read the exported program {path}: {reason[0][:200]}") from error
-    finally:
-        logger.setLevel(level)
 
 
 def input_shape(program: torch.export.ExportedProgram, path: Path) -> tuple[int, ...]:

@@ -69,14 +69,15 @@ def _part(part: float | None) -> str:
 def _summary(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return (what, value, note) of the bracket, the claim and the time."""
     upper, lower = number(record["upper"]), number(record.get("lower"))
-    rows = [("Proved: the constant is at most", wording.upper(upper), f"{upper!r}" if math.isfinite(upper) else "")]
+    exact = repr(upper) if math.isfinite(upper) else "no finite bound is known; the reasons are below"
+    rows = [("Proved: the constant is at most", wording.upper(upper), exact)]
     if not math.isnan(lower):
         how = "rounding of the outputs proved" if record.get("lower_proved") else "rounding allowed for, not proved"
         rows.append(("Attained: it is at least", wording.lower(lower), f"by two inputs; {how}"))
         if 0 < lower and math.isfinite(upper):
             rows.append(("Between them", f"a factor of {wording.significant(upper / lower, 3)}", ""))
     if claim := record.get("claim"):
-        rows.append(("Claimed", f"{claim['claimed']:.17g}", _ANSWERS[claim["answer"]]))
+        rows.append(("Claimed", repr(claim["claimed"]), _ANSWERS[claim["answer"]]))
     rows.append(("Time", wording.duration(number(record.get("seconds"))), ""))
     return rows
 
@@ -88,5 +89,6 @@ def _findings(record: Mapping[str, Any]) -> list[str]:
         found.append(f"A pair of inputs attains {lower!r}, above the bound {upper!r} that is called proved.")
     claim = record.get("claim") or {}
     if claim.get("answer") == "refuted":
-        found.append(f"The claimed constant {claim['claimed']!r} is refuted: a pair of inputs attains {lower!r}.")
+        how = "" if record.get("lower_proved") else " (rounding is allowed for, not proved)"
+        found.append(f"The claimed constant {claim['claimed']!r} is refuted: a pair of inputs attains {lower!r}{how}.")
     return found

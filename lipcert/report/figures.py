@@ -198,8 +198,15 @@ def plain_log(axes: Axes) -> None:
     decades = math.log10(high / low)
     steps = (1.0,) if decades > 2 else (1.0, 2.0, 5.0) if decades > 0.6 else tuple(float(step) for step in range(1, 10))
     axes.yaxis.set_major_locator(LogLocator(subs=steps, numticks=12))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, powers=decades > 6)))
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _tick(value: float, powers: bool) -> str:
+    """Write a number plainly, or a power of ten as 10²⁰."""
+    if not powers or value <= 0:
+        return f"{value:.6g}"
+    return "10" + str(round(math.log10(value))).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def _has(run: Run, name: str) -> bool:

@@ -105,7 +105,7 @@ def layers(frame: pandas.DataFrame) -> View:
 
     columns: list[Column] = [
         ("Layer", lambda row: Cell(row["name"] or wording.MISSING, row["name"], "name")),
-        ("Operator", _text("op")),
+        ("Operator", lambda row: Cell(row["op"] or wording.MISSING, row["op"], "op")),
         ("Shape", _text("shape")),
         ("Bound", _number("upper", wording.upper)),
         ("log\N{SUBSCRIPT ONE}\N{SUBSCRIPT ZERO}", _logarithm),
