@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lipcert.bounds.core import BoundError
 
 _POINTS = 3
-_TOLERANCE = 1e-5  # of the size of the outputs: what islands of float32 in a model may differ by; a wrong graph is far above
+_TOLERANCE = 1e-5  # of the size of the outputs: islands of float32 in a model stay below, a wrong graph far above
 
 
 def replay(
@@ -34,8 +34,8 @@ def replay(
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_complex() or tensor.is_quantized:
             raise BoundError(
-                f"{name} has the type {tensor.dtype}, and its copy in float64 is another network (a complex number loses "
-                "its imaginary part); only networks of real numbers can be bounded"
+                f"{name} has the type {tensor.dtype}, and its copy in float64 is another network (complex numbers lose "
+                "their imaginary parts); only networks of real numbers can be bounded"
             )
     plain = copy.deepcopy(model).eval().to(torch.float64)
     device = next((tensor.device for tensor in (*plain.parameters(), *plain.buffers())), torch.device("cpu"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,33 @@ CASES = [
     ("bound lipshift_tny", "unknown model 'lipshift_tny'; did you mean 'lipshift_tiny'?"),
     ("bound runs/none", "there is no folder runs/none; MODEL is a run folder"),
     ("bound {empty}", "holds no model"),
-    ("bound timm:resnet18", "timm models are not yet supported"),
-    ("bound net.pt2", "exported programs are not yet supported"),
+    ("bound timm:resnt18", "did you mean 'resnet18'"),
+    ("bound timm:resnet18:V9", "write timm:NAME, timm:NAME.TAG or timm:NAME:random"),
+    ("bound hf:segfrmer:random", "did you mean 'segformer'?"),
+    ("bound hf:vit", "hf:vit:random builds that model with random weights"),
+    ("bound hf:{empty}", "holds no config.json"),
+    ("bound hf:{hf}", "transformers cannot load"),
+    ("bound {base}/none.pt2", "there is no file"),
+    ("bound {pt2}", "is not an exported program"),
+    ("bound {zip}", "models/model.json is missing"),
+    ("bound {onnx}", "is not a valid ONNX file"),
+    ("bound {base}/none.onnx", "there is no file"),
     ("bound torchvision:resnt18", "did you mean 'resnet18'"),
+    ("bound torchvision:fasterrcnn_resnet50_fpn", "neither classifies nor segments images"),
+    ("bound torchvision:fcn_resnet50:random", "give --input-shape"),
     ("bound torchvision:resnet18:V9", "unknown weights of resnet18 'V9'"),
     ("bound {base}/none.py:build", "there is no file"),
     ("bound {mine}:bild --input-shape 1,8,8", "has no function bild"),
     ("bound {mine}:broken --input-shape 1,8,8", "failed with KeyError: 'width'"),
     ("bound {mine}:number --input-shape 1,8,8", "returned a int; it must return a torch.nn.Module"),
+    ("bound {mine}:nothing --input-shape 1,8,8", "returned a NoneType; it must return a torch.nn.Module"),
+    ("bound {noise}:build --input-shape 1,8,8", "failed with SyntaxError"),
+    ("bound {mine}:branch --input-shape 1,8,8", "branches on data"),
+    ("bound {mine}:two --input-shape 1,8,8", "must return one tensor"),
+    ("bound {mine}:pair --input-shape 1,8,8", "cannot export"),
+    ("bound {mine}:exporting --input-shape 1,8,8", "something else than what it shows"),
+    ("bound {mine}:complex --input-shape 1,8,8", "only networks of real numbers"),
+    ("bound {mine}:undefined --input-shape 1,8,8", "has NaN or infinite entries"),
     ("bound {syntax}:build --input-shape 1,8,8", "failed with SyntaxError"),
     # weights
     ("bound {truncated}", "is not a complete safetensors file"),
@@ -46,6 +66,15 @@ CASES = [
     ("bound {run} --domain 1,0", "'1,0' is not a domain; write"),
     ("bound {run} --json {mine}/sub/bound.json", "cannot write to the folder"),
     ("bound {run} --json {empty}", "is a folder; name a file or - for stdout"),
+    ("bound {run} --html {empty}", "is a folder; name a file"),
+    ("bound {run} --html -", "the page goes into a file"),
+    ("bound {run} --html {mine}/page.html", "cannot write to the folder"),
+    ("bound {run} -o {mine}/pair.safetensors", "cannot write to the folder"),
+    ("bound {run} --claimed many", "'many' is not a Lipschitz constant"),
+    ("bound {run} --claimed -1", "'-1' is not a Lipschitz constant"),
+    ("bound {run} --claimed nan", "'nan' is not a Lipschitz constant"),
+    ("bound {run} --data digts", "did you mean 'digits'?"),
+    ("bound {mine}:build --input-shape 1,10,10 --data digits", "the images of digits are (1, 8, 8)"),
     # lists
     ("models zzz*", "no model matches 'zzz*'"),
     ("presets digit", "unknown preset 'digit'; did you mean 'digits'?"),
@@ -98,6 +127,24 @@ import torch
 def build(): return torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(72, 3))
 def broken(): return {}["width"]
 def number(): return 3
+def nothing(): pass
+class Apply(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+    def forward(self, *x): return self.function(*x)
+def branch(): return Apply(lambda x: x if x.sum() > 1 else 2 * x)
+def two(): return Apply(lambda x: (x, x))
+def pair(): return torch.nn.Bilinear(8, 8, 2)
+def exporting(): return Apply(lambda x: x if torch.compiler.is_exporting() else 2 * x)
+def complex():
+    network = Apply(lambda x: x)
+    network.register_buffer("phase", torch.zeros(2, dtype=torch.complex64))
+    return network
+def undefined():
+    network = build()
+    network[0].weight.data.fill_(float("nan"))
+    return network
 """
 
 
@@ -124,6 +171,18 @@ def _places(tmp_path_factory: pytest.TempPathFactory, _untrained_run: Path) -> d
     config = made["lacking"] / "model" / "config.json"
     config.write_text(config.read_text().replace('"num_classes"', '"classes"'))
     (made["nojson"] / "model" / "config.json").write_text("{")
+    noise = np.random.default_rng(0).bytes(3000)
+    for name in ("pt2", "onnx"):
+        made[name] = tmp_path / f"noise.{name}"
+        made[name].write_bytes(noise)
+    made["noise"] = tmp_path / "noise.py"
+    made["noise"].write_bytes(b"\x00\x93" + noise)
+    made["zip"] = tmp_path / "other.pt2"
+    with zipfile.ZipFile(made["zip"], "w") as archive:
+        archive.writestr("a/data.txt", "")
+    made["hf"] = tmp_path / "hf"
+    made["hf"].mkdir()
+    (made["hf"] / "config.json").write_text("{}")
     _fake_mnist(made["mnist"] / "MNIST" / "raw")
     return made
 
@@ -146,7 +205,11 @@ def _fake_mnist(raw: Path) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), CASES, ids=[arguments for arguments, _ in CASES])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the optional libraries
 def test_wrong_input(arguments: str, sentence: str, places: dict[str, Path], capsys) -> None:
+    for sign, library in {"timm:": "timm", "hf:": "transformers", "onnx": "onnx"}.items():
+        if sign in arguments and arguments.startswith("bound"):
+            pytest.importorskip(library)
     with pytest.raises(SystemExit) as caught:
         main([part.format(**places) for part in arguments.split()])
     out, err = capsys.readouterr()
