@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ import torch
 
 from lipcert.bounds.core import BoundError
 
+_VIEWS = frozenset("slice select view reshape unsqueeze squeeze permute transpose expand alias narrow".split())
+SHAPE_ONLY = {
+    f"aten.{name}.default"
+    for name in "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty".split()
+}
+_DROPOUT = ("aten.dropout_.default", "aten.feature_dropout_.default", "aten.alpha_dropout_.default")
 _REGIONS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 
 # operators whose result is new memory that no other value shares
@@ -43,7 +50,8 @@ def functional(program: torch.export.ExportedProgram) -> torch.export.ExportedPr
 def _unclear(program: torch.export.ExportedProgram) -> list[torch.fx.Node]:
     """Return the in-place operators, in any region, that are not simple."""
     graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
-    return [node for graph in graphs for node in graph.nodes if is_inplace(node) and not _simple(node)]
+    weights = weight_names(program)
+    return [node for graph in graphs for node in graph.nodes if is_inplace(node) and not _simple(node, weights)]
 
 
 def inlined(module: torch.fx.GraphModule) -> torch.fx.Graph:
@@ -94,15 +102,52 @@ def out_of_place(target: Any) -> Any:
     return getattr(packet, overload, None) if name.endswith("_") else None
 
 
-def _simple(node: torch.fx.Node) -> bool:
-    """Return whether an in-place operator changes memory that no other value of the program shares."""
+def _simple(node: torch.fx.Node, weights: Collection[str]) -> bool:
+    """Return whether an in-place operator changes memory that no other value of the program shares, or nothing."""
     changed = node.args[0]
+    if str(node.target) in _DROPOUT and node.args[2] is False:
+        return True
+    if constant(node, weights):
+        return _made(node)  # then the program's own writes are repeated
     if out_of_place(node.target) is None or not isinstance(changed, torch.fx.Node) or changed.op != "call_function":
         return False
     kind = str(changed.target).split(".")[1] if str(changed.target).startswith("aten.") else ""
-    if kind not in _FRESH and not (is_inplace(changed) and _simple(changed)):
+    if kind not in _FRESH and not (is_inplace(changed) and _simple(changed, weights)):
         return False
     return not any(_may_share(user, changed) for user in changed.users if user is not node)
+
+
+def constant(node: torch.fx.Node, weights: Collection[str]) -> bool:
+    """Return whether an operator depends on weights alone, but for the shape that `zeros_like` takes of something."""
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        if current.op == "placeholder" and current.name not in weights:
+            return False
+        if str(current.target) not in SHAPE_ONLY:
+            pending += [source for source in current.all_input_nodes if source not in seen]
+            seen.update(current.all_input_nodes)
+    return True
+
+
+def weight_names(program: torch.export.ExportedProgram) -> frozenset[str]:
+    """Return the names by which the graph of a program calls its parameters, buffers and literal tensors."""
+    signature = program.graph_signature
+    tables = (signature.inputs_to_parameters, signature.inputs_to_buffers, signature.inputs_to_lifted_tensor_constants)
+    return frozenset(name for table in tables for name in table)
+
+
+def _made(node: torch.fx.Node) -> bool:
+    """Return whether an in-place operator writes, through views, into memory that an operator of the program made."""
+    changed = node
+    while isinstance(changed, torch.fx.Node) and str(changed.target).startswith("aten."):
+        kind = str(changed.target).split(".")[1]
+        if kind in _FRESH:
+            return True
+        if kind not in _VIEWS and not is_inplace(changed):
+            return False
+        changed = changed.args[0]  # type: ignore[assignment]
+    return False
 
 
 def _may_share(node: torch.fx.Node, changed: torch.fx.Node) -> bool:

@@ -9,8 +9,8 @@ types disappear: the graph is evaluated in one precision.
 A model may return its result in a dictionary, a tuple or a dataclass, as long as it is the only one.
 
 *Models for one image at a time.* Where torch.export cannot keep the batch symbolic (a program that fixes its batch),
-the model is exported for a batch of exactly one image, and evaluated image by image. What is then proved is a property
-of that function of one image; a model that gives other results for images in a batch is refused.
+the model is exported for a batch of exactly one image and evaluated image by image, provided that it gives the same
+results for a few images at once. What is then proved is a property of that function of one image.
 """
 
 from __future__ import annotations
@@ -27,15 +27,22 @@ import torch
 from torch import Tensor, nn
 
 from lipcert.bounds.core import BoundError
-from lipcert.bounds.functional import functional, inlined, is_inplace, module_path, out_of_place, source_line
+from lipcert.bounds.functional import (
+    SHAPE_ONLY,
+    constant,
+    functional,
+    inlined,
+    is_inplace,
+    module_path,
+    out_of_place,
+    source_line,
+    weight_names,
+)
 from lipcert.bounds.graph import BatchConstant, BatchSize, Graph, Node, Ref, call, leaves, refs
 from lipcert.bounds.lowering import lowered
 from lipcert.bounds.simplify import pruned
 
 Example = tuple[int, ...]
-_SHAPE_ONLY = {f"aten.{name}.default" for name in ("zeros_like", "ones_like", "full_like", "empty_like")} | {
-    f"aten.{name}.default" for name in ("new_zeros", "new_ones", "new_full")
-}
 _CUTS = (
     "chunk",
     "split",
@@ -82,8 +89,7 @@ def _export(model: nn.Module, input_shape: Example) -> torch.export.ExportedProg
                 program = torch.export.export(model, (example[:1],), strict=False)
             except Exception:
                 program = None
-            if program is not None:
-                _same_alone(model, example)
+            if program is not None and _same_alone(model, example):
                 return program
             raise BoundError(
                 f"torch.export cannot export the model for inputs (batch, {', '.join(map(str, input_shape))}): "
@@ -92,25 +98,24 @@ def _export(model: nn.Module, input_shape: Example) -> torch.export.ExportedProg
             ) from error
 
 
-def _same_alone(model: nn.Module, example: Tensor) -> None:
-    """Raise BoundError if a model gives other results for images in a batch than for each of them alone."""
+def _same_alone(model: nn.Module, example: Tensor) -> bool:
+    """Return whether a model takes two and three images at once and treats them as it treats each of them alone."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(3, *example.shape[1:], generator=generator, dtype=torch.float64).to(example.device)
     alone = [_tensors(model(image)) for image in images.split(1)]
-    try:
-        together = _tensors(model(images))
-    except Exception:
-        return  # it takes one image at a time
-    for k, part in enumerate(together):
-        rows = [result[k] for result in alone]
-        if any(row.shape[:1] != (1,) for row in rows) or part.shape != (3, *rows[0].shape[1:]):
-            raise BoundError("the model gives results of other shapes for images in a batch than for one image")
-        expected = torch.cat(rows)
-        if not torch.allclose(part, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max())):
-            raise BoundError(
-                "the model gives other results for images in a batch than for each of them alone; "
-                "a certificate needs a function of one image"
-            )
+    for count in (2, 3):
+        try:
+            together = _tensors(model(images[:count]))
+        except Exception:
+            return False
+        for k, part in enumerate(together):
+            rows = [result[k] for result in alone[:count]]
+            if any(row.shape[:1] != (1,) for row in rows) or part.shape != (count, *rows[0].shape[1:]):
+                return False
+            expected = torch.cat(rows)
+            if not torch.allclose(part, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max())):
+                return False
+    return True
 
 
 def _tensors(result: Any) -> list[Tensor]:
@@ -132,6 +137,7 @@ class _Builder:
         self.weights: dict[str, Tensor] = {}
         self.symbol: Any = None
         self.input_shape = tuple(input_shape)
+        self.names = weight_names(program)
 
     def graph(self) -> Graph:
         signature = self.program.graph_signature
@@ -190,17 +196,20 @@ class _Builder:
         args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: self.environment[n])
         if node.target is operator.getitem:
             return self._item(node, node.args[0], args[0], args[1])
-        target = out_of_place(node.target) if is_inplace(node) else node.target
+        # writes of constants are repeated on the tensors themselves, which share memory as those of the program do
+        written = is_inplace(node) and not constant(node, self.names)
+        target = out_of_place(node.target) if written else node.target
         arguments = _bind(target, args, kwargs)
         data = list(refs(list(arguments.values())))
-        if str(target) in _SHAPE_ONLY or not data:
+        if str(target) in SHAPE_ONLY or not data:
             result: Any = self._fold(node, target, arguments)
         else:
             if str(target).startswith(_CASTS) and isinstance(value, Tensor) and value.is_floating_point():
                 target, arguments = torch.ops.aten.alias.default, {"self": data[0]}
             result = self._record(node, target, arguments)
-        changed = node.args[0] if is_inplace(node) else None
-        if isinstance(changed, torch.fx.Node):  # whoever reads the changed value from here on reads the new one
+        changed: Any = node
+        while is_inplace(changed):  # whoever reads the changed value from here on, by any name, reads the new one
+            changed = changed.args[0]
             self.environment[changed] = result
         return result
 
