@@ -6,6 +6,9 @@ Weights are random (seed 0), nothing is downloaded; those that a model starts at
 what they multiply would count for nothing. For each model it prints the base-10 logarithm of its proved bound,
 or why that is infinite, or what failed, and the seconds. Every model has a process and a time limit of its own; results
 are appended to a file of JSON lines, and models that are in it are not run again, so that a killed run continues.
+
+With --quick all spectral norms are bounded by row and column sums: proved as well, but looser by orders of magnitude
+for a deep network (some bounds leave the range of numbers), in a tenth of the time. It shows what is missing.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import fnmatch
 import json
 import math
 import multiprocessing
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -22,9 +26,12 @@ from typing import Any
 
 import torch
 from results import record
-from torch import nn
+from torch import Tensor, nn
 
-from lipcert.bounds import BoundError, audit
+from lipcert.bounds import Bound, BoundError, audit
+from lipcert.bounds.affine import AffineMap
+from lipcert.bounds.rounding import add_up
+from lipcert.bounds.rules.linear import schur
 
 TIMM = """
 beit_base_patch16_224 bat_resnext26ts botnet26t_256 caformer_s18 cait_xxs24_224 coat_lite_tiny coat_tiny
@@ -114,6 +121,26 @@ def row(name: str, method: str) -> dict[str, Any]:
     return {**found, "seconds": round(time.perf_counter() - start, 1)}
 
 
+def quicken() -> None:
+    """Replace the bounds of spectral norms, in this process, by √(largest row sum · largest column sum)."""
+
+    def of_segment(m: AffineMap, method: str = "auto") -> Bound:
+        return Bound(add_up(m.magnitude, m.error), "upper", "row and column sums")
+
+    def of_matrix(matrix: Tensor, method: str = "auto") -> Bound:
+        stack = matrix.reshape(-1, *matrix.shape[-2:])
+        return Bound(max(schur(one) for one in stack), "upper", "row and column sums")
+
+    def of_convolution(weight: Tensor, *_: Any, **__: Any) -> Bound:
+        return Bound(schur(weight), "upper", "row and column sums")
+
+    replaced = {"segment_bound": of_segment, "spectral_norm_upper": of_matrix, "conv_norm_upper": of_convolution}
+    for module in [module for name, module in sys.modules.items() if name.startswith("lipcert.bounds")]:
+        for name, function in replaced.items():
+            if hasattr(module, name):
+                setattr(module, name, function)
+
+
 def _append(path: Path, found: dict[str, Any]) -> None:
     with path.open("a") as file:
         file.write(json.dumps(found) + "\n")
@@ -121,6 +148,8 @@ def _append(path: Path, found: dict[str, Any]) -> None:
 
 def _child(name: str, method: str, path: Path) -> None:
     torch.set_num_threads(args.threads)
+    if args.quick:
+        quicken()
     _append(path, row(name, method))
 
 
@@ -188,6 +217,7 @@ if __name__ == "__main__":
     parser.add_argument("--only", default="*", help="a pattern of names, such as 'timm:swin*'")
     parser.add_argument("--output", type=Path, default=Path("runs/coverage.jsonl"), help="JSON lines to extend")
     parser.add_argument("--limit", type=int, default=900, help="seconds a model")
+    parser.add_argument("--quick", action="store_true", help="bound spectral norms by row and column sums")
     parser.add_argument("--method", default="auto", choices=("auto", "eigenvalue", "gram"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--record", action="store_true", help="add rows to RESULTS.md")

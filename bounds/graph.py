@@ -96,7 +96,12 @@ class Graph:
 
 
 def call(target: Any, arguments: Mapping[str, Any]) -> Any:
-    """Run an ATen operator, or a function of ours, on arguments by name."""
+    """Run an ATen operator, or a function of ours, on arguments by name.
+
+    A view is taken as a reshape: what lies contiguous in memory in the model may not do so here.
+    """
+    if str(target) in ("aten.view.default", "aten._unsafe_view.default"):
+        return arguments["self"].reshape(arguments["size"])
     schema = getattr(target, "_schema", None)
     if schema is None:
         return target(**arguments)
