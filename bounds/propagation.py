@@ -317,7 +317,7 @@ class Context:
 
     def _affine(self, value: Value) -> Derivation:
         (source, _), found = min(value.representations.items(), key=lambda item: item[0][0].index)
-        norm = segment_bound(found.map, self.method)
+        norm = self.segments.norm(found.map)
         plain = self.derive([source], [norm], "affine", members=found.members)
         if (longer := self.segments.bound(value)) is None:
             return plain

@@ -26,7 +26,7 @@ of E are residuals, multiplied out, with a rounding of γ_n‖R_kk‖_F² + γ_n
 and one unit roundoff of every difference that was formed.
 *Forming Q.* Its blocks are products of stored matrices: γ_{n+4}|αβ|‖Λ^½W‖_F², γ_n‖W_K‖_F², γ_4‖Q_{k-1,k}‖_F.
 *Stored matrices.* The exact v_k differ from the stored ones by η_k, ‖η_k‖ ≤ ε_k‖x‖, which changes g_k by at most
-max_i λ_ki·(|αβ|(2‖W_k‖ + ε_k)ε_k + |α + β|ε_k)‖x‖²; the exact y by ε_K‖x‖. A compressed input
+max_i λ_ki·(|αβ|(2‖v_k‖ + ε_k)ε_k + |α + β|ε_k)‖x‖²; the exact y by ε_K‖x‖. A compressed input
 has ‖z_0‖ ≤ ‖x‖.
 """
 

@@ -36,8 +36,8 @@ Slopes = tuple[float, float]
 class Chain:
     """Hold W_1, …, W_K as float64 matrices (n_k, n_{k-1}), the K - 1 slope ranges between them, and their errors.
 
-    `exponent`: the Lipschitz constant meant is 2^exponent times that of the matrices. `norms`, once `normal`, bound
-    ‖W_k‖ with its error.
+    `norms`, where known, bound the exact ‖W_k‖. The Lipschitz constant meant is 2^exponent times that of the
+    matrices.
 
     >>> Chain((torch.eye(2), torch.eye(2)), ((0.0, 1.0),)).depth
     2
@@ -46,8 +46,8 @@ class Chain:
     matrices: tuple[Tensor, ...]
     slopes: tuple[Slopes, ...]
     errors: tuple[float, ...] = ()
-    exponent: int = 0
     norms: tuple[float, ...] = field(default=(), repr=False)
+    exponent: int = 0
 
     def __post_init__(self) -> None:
         if not self.errors:
@@ -74,17 +74,27 @@ class Chain:
         """Return max(|α|, |β|) of every activation."""
         return tuple(max(abs(low), abs(high)) for low, high in self.slopes)
 
-    def normal(self, method: str = "auto") -> Chain | None:
-        """Return the normal form, or None if the chain is zero or its numbers are too far apart to be scaled."""
-        chain = self._balanced()._merged()
+    def measured(self, method: str = "auto") -> Chain:
+        """Return the chain with the norms of its matrices; `method` as in `lipcert.bounds.matrix`."""
+        if self.norms:
+            return self
+        pairs = zip(self.matrices, self.errors, strict=True)
+        return replace(self, norms=tuple(add_up(spectral_norm_upper(W, method).value, e) for W, e in pairs))
+
+    def normal(self, method: str = "auto", compress: bool = True) -> Chain | None:
+        """Return the normal form, or None if the chain is zero or its numbers are too far apart to be scaled.
+
+        Without `compress` a wide input is left as it is.
+        """
+        chain = self.measured(method)._balanced()._merged(method)
         if any(not bool(W.isfinite().all() and W.any()) for W in chain.matrices) or not all(chain.steepest):
             return None
         matrices, exponent = [*chain.matrices], chain.exponent
-        if matrices[0].shape[1] > matrices[0].shape[0] and (square := _compressed(matrices[0])) is not None:
+        wide = compress and matrices[0].shape[1] > matrices[0].shape[0]
+        if wide and (square := _compressed(matrices[0])) is not None:
             matrices[0] = square
         norms, errors = [], []
-        for k, (W, error) in enumerate(zip(matrices, chain.errors, strict=True)):
-            norm = add_up(spectral_norm_upper(W, method).value, error)
+        for k, (W, error, norm) in enumerate(zip(matrices, chain.errors, chain.norms, strict=True)):
             reached = norm if k == chain.depth - 1 else mul_up(norm, chain.steepest[k])
             shift = math.frexp(reached)[1]  # reached ≤ 2^shift
             if not math.isfinite(reached) or abs(shift) > 400:
@@ -93,35 +103,42 @@ class Chain:
             matrices[k] = W * math.ldexp(1.0, -shift)
             norms.append(scale_up(norm, -shift))
             errors.append(add_up(scale_up(error, -shift), TINY))  # entries that fell below the smallest normal float
-        return Chain(tuple(matrices), chain.slopes, tuple(errors), exponent, tuple(norms))
+        return Chain(tuple(matrices), chain.slopes, tuple(errors), tuple(norms), exponent)
 
     def _balanced(self) -> Chain:
         """Return the chain with the largest entry of every matrix in [1/2, 1)."""
         pairs = [scaled(W) for W in self.matrices]
         errors = tuple(add_up(scale_up(e, -shift), TINY) for e, (_, shift) in zip(self.errors, pairs, strict=True))
+        norms = tuple(scale_up(norm, -shift) for norm, (_, shift) in zip(self.norms, pairs, strict=True))
         exponent = self.exponent + sum(shift for _, shift in pairs)
-        return replace(self, matrices=tuple(W for W, _ in pairs), errors=errors, exponent=exponent)
+        return Chain(tuple(W for W, _ in pairs), self.slopes, errors, norms, exponent)
 
-    def _merged(self) -> Chain:
+    def _merged(self, method: str) -> Chain:
         """Return the chain without activations of one slope.
 
         ‖W₂aW₁ - fl(W₂(aW₁))‖ ≤ |a|·(γ_{n+1}‖W₂‖_F‖W₁‖_F + S(W₂)ε₁ + ε₂(S(W₁) + ε₁)), S ≥ the operator norm.
         """
-        matrices, errors, slopes = [self.matrices[0]], [self.errors[0]], []
-        for W, error, (low, high) in zip(self.matrices[1:], self.errors[1:], self.slopes, strict=True):
+        matrices, errors, norms, slopes = [self.matrices[0]], [self.errors[0]], [self.norms[0]], []
+        for k, (low, high) in enumerate(self.slopes, start=1):
+            W, error = self.matrices[k], self.errors[k]
             if low < high:
                 matrices.append(W)
                 errors.append(error)
+                norms.append(self.norms[k])
                 slopes.append((low, high))
                 continue
-            first, before = matrices.pop(), errors.pop()
+            first, before, size = matrices.pop(), errors.pop(), norms.pop()
             lengths = [float(raised(frobenius(M), 0)) for M in (W, first)]
             sizes = [float(raised(cheap(M), 0)) for M in (W, first)]
             rounding = mul_up(gamma(W.shape[1] + 1), *lengths)
             parts = (rounding, mul_up(sizes[0], before), mul_up(error, add_up(sizes[1], before)))
             matrices.append(W @ (low * first))
             errors.append(add_up(mul_up(abs(low), add_up(*parts)), TINY))
-        return replace(self, matrices=tuple(matrices), errors=tuple(errors), slopes=tuple(slopes))
+            size = mul_up(size, abs(low), self.norms[k])
+            if bool(matrices[-1].isfinite().all()):
+                size = min(size, add_up(spectral_norm_upper(matrices[-1], method).value, errors[-1]))
+            norms.append(size)
+        return Chain(tuple(matrices), tuple(slopes), tuple(errors), tuple(norms), self.exponent)
 
 
 def _compressed(W: Tensor) -> Tensor | None:

@@ -35,20 +35,23 @@ def chain_bound(chain: Chain, tightness: str = "fast", method: str = "auto") -> 
     >>> bound.kind, bound.value <= 2.0 + 1e-9
     ('upper', True)
     """
-    best = product(chain, method)
-    normal = chain.normal(method) if best.value > 0.0 and math.isfinite(best.value) else None
+    chain = chain.measured(method)
+    best = product(chain)
+    if best.value == 0.0 or math.isinf(best.value):
+        return best
+    small = max(len(W) for W in chain.matrices[:-1] or chain.matrices) <= FACTORISED[tightness]
+    normal = chain.normal(method, compress=small)
     if normal is None:
         return best
-    found = [best, *(bound for run in METHODS[tightness] if (bound := run(normal)) is not None)]
+    runs = [run for run in METHODS[tightness] if small or run not in CUBIC]
+    found = [best, *(bound for run in runs if (bound := run(normal)) is not None)]
     return min(found, key=lambda bound: bound.value)
 
 
-def product(chain: Chain, method: str = "auto") -> Bound:
+def product(chain: Chain) -> Bound:
     """Bound a chain by ∏‖W_k‖·∏max(|α_k|, |β_k|), for a chain that need not be normal."""
-    value = 1.0
-    for W, error in zip(chain.matrices, chain.errors, strict=True):
-        value = mul_up(value, add_up(spectral_norm_upper(W, method).value, error))
-    return Bound(scale_up(mul_up(value, *chain.steepest), chain.exponent), "upper", "product of norms")
+    value = mul_up(*chain.measured().norms, *chain.steepest)
+    return Bound(scale_up(value, chain.exponent), "upper", "product of norms")
 
 
 def norm_of_product(chain: Chain) -> Bound | None:
@@ -120,9 +123,11 @@ def lipsdp(chain: Chain) -> Bound | None:
 
 
 METHODS: dict[str, tuple[Method, ...]] = {
-    "fast": (norm_of_product, eclipse_fast, liplt),
-    "tight": (norm_of_product, eclipse_fast, liplt, lipsdp),
+    "fast": (norm_of_product, liplt, eclipse_fast),
+    "tight": (norm_of_product, liplt, eclipse_fast, lipsdp),
 }
+CUBIC = (eclipse_fast, lipsdp)  # factorise matrices as large as an activation, so have a limit for its size
+FACTORISED = {"fast": 1024, "tight": 4608}
 
 
 def _closed_form(chain: Chain) -> tuple[float, list[float]] | None:

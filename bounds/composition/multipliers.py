@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import math
 
+import scipy.sparse.linalg
 import torch
 from torch import Tensor
 
 from lipcert.bounds.composition.chain import Chain
 
 STEPS = 200  # gradient steps for a small chain
-WORK = 2e11  # cubes of sizes, summed over layers and steps: what a large chain may cost
+WORK = 5e11  # cubes of sizes, summed over layers and steps: what a large chain may cost
 _RATE = 0.2  # of Adam, decaying to a hundredth
+_SMALL = 256  # size up to which an eigendecomposition is as fast as Lanczos
 _MARGIN = 1e-9  # relative, by which L² is enlarged so that the last step need not be exact
 
 
@@ -33,7 +35,7 @@ def optimised(chain: Chain, square: float, scalars: list[float]) -> tuple[float,
 
 def _search(chain: Chain, square: float, scalars: list[float]) -> tuple[float, list[Tensor]] | None:
     work = sum(float(max(W.shape)) ** 3 for W in chain.matrices)
-    steps = max(10, min(STEPS, int(WORK / work)))
+    steps = max(16, min(STEPS, int(WORK / work)))
     directions = [torch.zeros_like(W[:, 0]).requires_grad_() for W in chain.matrices[:-1]]
     distances = _start(chain, scalars)
     if distances is None:
@@ -64,7 +66,7 @@ def _start(chain: Chain, scalars: list[float]) -> list[Tensor] | None:
     P = chain.matrices[-1].T @ chain.matrices[-1]
     found: list[Tensor] = []
     for k in range(chain.depth - 2, -1, -1):
-        largest = float(torch.linalg.eigvalsh(P)[-1])
+        largest = _largest(P).item()
         scalar = scalars[k] * (1.0 + 1e-3)
         ratio = scalar / largest - 1.0 if largest > 0.0 else 1.0
         ratio = min(max(ratio, 1e-3), 1e6) if math.isfinite(ratio) else 1.0
@@ -79,11 +81,25 @@ def _eliminated(chain: Chain, directions: list[Tensor], distances: list[Tensor])
     multipliers: list[Tensor] = []
     for k in range(chain.depth - 2, -1, -1):
         half = (0.5 * directions[k]).exp()
-        largest = torch.linalg.eigvalsh(P / half[:, None] / half)[-1]
+        largest = _largest(P / half[:, None] / half)
         m = (1.0 + distances[k].exp()) * largest * half.square()
         multipliers.append(m)
         P = _previous(chain, k, m, P)
-    return torch.linalg.eigvalsh(P)[-1], multipliers[::-1]
+    return _largest(P), multipliers[::-1]
+
+
+def _largest(P: Tensor) -> Tensor:
+    """Return λ_max of a symmetric matrix, with its gradient; of a large one vᵀPv with v from Lanczos."""
+    if len(P) <= _SMALL:
+        return torch.linalg.eigvalsh(P)[-1]
+    given = P.detach()
+    try:
+        start = given.diagonal().numpy(force=True).copy()
+        vector = scipy.sparse.linalg.eigsh(given.numpy(force=True), 1, which="LA", v0=start, tol=1e-5)[1][:, 0]
+    except scipy.sparse.linalg.ArpackError as error:
+        raise torch.linalg.LinAlgError(str(error)) from error  # type: ignore[attr-defined]
+    v = torch.as_tensor(vector).to(given)
+    return v @ P @ v
 
 
 def _previous(chain: Chain, k: int, m: Tensor, P: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lipcert.bounds.affine import AffineMap
+from lipcert.bounds.affine import AffineMap, segment_bound
 from lipcert.bounds.composition.chain import Chain
 from lipcert.bounds.composition.methods import METHODS, chain_bound
 from lipcert.bounds.composition.slopes import Slopes, slopes
@@ -32,8 +32,7 @@ from lipcert.bounds.layout import Layout
 from lipcert.bounds.rounding import add_up, gamma, mul_up
 from lipcert.bounds.values import Anchor, Representation, Value
 
-_ENTRIES = 2**25  # of one matrix
-_ROWS = {"fast": (1024, 128), "tight": (4608, 4608)}  # of a kernel, of a map that is written out: a proof cubes them
+_ENTRIES = {"fast": 2**23, "tight": 2**25}  # of one matrix
 _AFFINE = tuple("linear addmm mm matmul conv batch_norm view reshape flatten permute transpose".split())
 
 Places = list[tuple[Anchor, Representation]]  # affine maps with their anchors, the last map of a chain first
@@ -52,8 +51,8 @@ class Link:
 class Segments:
     """Remember the activations of one walk, and bound the chains that they form.
 
-    With "tight" the costly methods run where a chain ends, not for each of its beginnings; `keep` names values that
-    count as ends.
+    Only where a chain ends, not for each of its beginnings: these cost as much, and nothing needs their bounds. `keep`
+    names values that count as ends.
     """
 
     def __init__(self, graph: Graph, keep: Collection[str], tightness: str, method: str) -> None:
@@ -61,6 +60,7 @@ class Segments:
             raise BoundError(f"tightness is {' or '.join(map(repr, METHODS))}, got {tightness!r}")
         self._method, self._tightness = method, tightness
         self._links: dict[int, Link] = {}
+        self._norms: dict[AffineMap, Bound] = {}
         self._inner = _inner(graph, keep)
 
     def activation(self, value: Value, arguments: Sequence[Value]) -> None:
@@ -76,14 +76,22 @@ class Segments:
             members = representation.members | {value.index}
             self._links[value.index] = Link(found, anchor, representation, members)
 
+    def norm(self, m: AffineMap) -> Bound:
+        """Return `segment_bound` of a map, once."""
+        if m in self._norms:
+            return self._norms[m]
+        found = segment_bound(m, self._method)
+        if self._small(m):
+            self._norms[m] = found
+        return found
+
     def bound(self, value: Value) -> tuple[Value, Bound, frozenset[int]] | None:
         """Return the source of the longest chain that ends in a value, its bound, and the nodes in between."""
-        found = self.chain(value)
+        found = None if value.node.name in self._inner else self.chain(value)
         if found is None:
             return None
         source, chain, members = found
-        tightness = "fast" if value.node.name in self._inner else self._tightness
-        return source, chain_bound(chain, tightness, self._method), members
+        return source, chain_bound(chain, self._tightness, self._method), members
 
     def chain(self, value: Value) -> tuple[Value, Chain, frozenset[int]] | None:
         """Return the source of the longest chain that ends in a value, the chain, and the nodes in between."""
@@ -98,17 +106,16 @@ class Segments:
             members |= link.members
         if not ranges or not self._small(last.map):
             return None
-        matrices = _pointwise(places) or _written_out(places)
+        matrices = _pointwise(places) or _written_out(places, _ENTRIES[self._tightness])
         if matrices is None:
             return None
         stored, errors = zip(*reversed(matrices), strict=True)
-        return anchor[0], Chain(tuple(stored), tuple(reversed(ranges)), tuple(errors)), members
+        norms = tuple(self.norm(place.map).require_upper() for _, place in reversed(places))
+        return anchor[0], Chain(stored, tuple(reversed(ranges)), errors, norms), members
 
     def _small(self, m: AffineMap) -> bool:
-        rows, written = _ROWS[self._tightness]
-        if m.pointwise:
-            return m.c_out <= rows and m.c_out * m.c_in <= _ENTRIES
-        return m.size <= (rows if m.out == (1, 1) else written) and m.size * m.c_in * m.n[0] * m.n[1] <= _ENTRIES
+        size = m.c_out * m.c_in if m.pointwise else m.size * m.c_in * m.n[0] * m.n[1]
+        return size <= _ENTRIES[self._tightness]
 
 
 def _earliest(value: Value) -> tuple[Anchor, Representation]:
@@ -147,12 +154,12 @@ def _pointwise(places: Places) -> list[tuple[Tensor, float]] | None:
     return [(place.map.regrouped(1).taps[0, 0], place.map.error) for _, place in places]
 
 
-def _written_out(places: Places) -> list[tuple[Tensor, float]] | None:
+def _written_out(places: Places, largest: int) -> list[tuple[Tensor, float]] | None:
     """Return the maps as matrices between tensors, or None if one is too large or acts alike along further axes."""
     found = []
     for anchor, representation in places:
         m, layouts = representation.map, (representation.layout, _own(anchor))
-        if m.size * m.c_in * m.n[0] * m.n[1] > _ENTRIES:
+        if m.size * m.c_in * m.n[0] * m.n[1] > largest:
             return None
         if any(axis not in "chw" for layout in layouts for axis, _ in layout.sizes):
             return None
