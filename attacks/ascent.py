@@ -83,7 +83,7 @@ def lipschitz_lower(
     centres = centres.repeat_interleave(len(_LENGTHS), dim=0)
     directions = _unit(torch.randn(centres.shape, generator=random, dtype=torch.float64))
     with torch.enable_grad():
-        pairs = _Pairs(outputs, low, high, centres.to(device), directions.to(device), lengths)
+        pairs = _Pairs(outputs, low, high, centres.to(device), directions.to(device), lengths, random)
         for _ in range(steps):
             pairs.improve()
         best = int(pairs.quotient.argmax())
@@ -116,8 +116,9 @@ class _Pairs:
         centre: Tensor,  # (n, d)
         direction: Tensor,  # (n, d), unit rows
         length: Tensor,  # (n, 1)
+        random: torch.Generator,
     ) -> None:
-        self.outputs, self.low, self.high, self.length = outputs, low, high, length
+        self.outputs, self.low, self.high, self.length, self.random = outputs, low, high, length, random
         self.centre, self.direction = centre, direction
         self.step = torch.ones_like(length)  # the next step, as a part of the full one
         self.quotient, self.next_direction, self.uphill = self._look(centre, direction)
@@ -144,11 +145,14 @@ class _Pairs:
         points = torch.cat([x, y]).requires_grad_()
         out_x, out_y = self.outputs(points).chunk(2)
         difference = out_x - out_y
-        (gradient,) = torch.autograd.grad((difference * _unit(difference.detach())).sum(), points)
+        gradient = _gradient((difference * _unit(difference.detach())).sum(), points)
         at_x, at_y = gradient.nan_to_num(0.0, 0.0, 0.0).chunk(2)
         quotient = difference.detach().norm(dim=1) / (x - y).norm(dim=1)
         following = _unit(at_x - at_y)
-        following = torch.where(following.any(dim=1, keepdim=True), following, direction)
+        blind = ~following.any(dim=1, keepdim=True)
+        if bool(blind.any()):  # flat, or cut off from the gradient: look around
+            noise = torch.randn(direction.shape, generator=self.random, dtype=direction.dtype).to(direction)
+            following = torch.where(blind, _unit(direction + _unit(noise)), following)
         return quotient.nan_to_num(-math.inf, -math.inf, -math.inf), following, _unit(at_x + at_y)
 
 
@@ -197,8 +201,7 @@ def _lanczos(
             break
         left.append(u)
         diagonal.append(alpha)
-        (gradient,) = torch.autograd.grad((value * u).sum(), point, retain_graph=True)
-        v, beta = _orthogonal(gradient[0], right)
+        v, beta = _orthogonal(_gradient((value * u).sum(), point, retain_graph=True)[0], right)
         if beta <= 1e-9 * alpha:  # an invariant subspace: nothing to add
             break
         right.append(v)
@@ -211,6 +214,19 @@ def _lanczos(
         small += torch.diag(torch.tensor(above[: size - 1], dtype=torch.float64), 1)
     leading = torch.linalg.svd(small).Vh[0].to(centre)
     return _unit((leading[:, None] * torch.stack(right[:size])).sum(dim=0))
+
+
+def _gradient(scalar: Tensor, points: Tensor, retain_graph: bool = False) -> Tensor:
+    """Return the gradient; zero where a network is cut off from it (`detach`), or an operator has no derivative."""
+    if not scalar.requires_grad:
+        return torch.zeros_like(points)
+    try:
+        (gradient,) = torch.autograd.grad(scalar, points, retain_graph=retain_graph, allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:  # also NotImplementedError
+        return torch.zeros_like(points)
+    return torch.zeros_like(points) if gradient is None else gradient
 
 
 def _orthogonal(vector: Tensor, basis: list[Tensor]) -> tuple[Tensor, float]:

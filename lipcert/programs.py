@@ -75,7 +75,11 @@ class ProgramNetwork(nn.Module):
             return torch.cat([self.forward(one) for one in x.split(1)])
         values: dict[str, Any] = {self.graph.input.name: x}
         for node in self.graph.nodes[1:]:
-            result = call(node.target, {key: _given(value, values, x) for key, value in node.arguments.items()})
+            arguments = {key: _given(value, values, x) for key, value in node.arguments.items()}
+            if node.op == "aten.copy.default":  # the same as torch's operator, which has no derivative
+                result = arguments["src"].expand(arguments["self"].shape)
+            else:
+                result = call(node.target, arguments)
             values[node.name] = result if node.output is None else result[node.output]
         return values[self.graph.output]
 

@@ -47,7 +47,7 @@ def build(record: Mapping[str, Any]) -> str:
         off_path=len(path(layers)) not in (0, len(layers)),
         unbounded=record["unbounded"],
         advice=[(entry, _part(entry.part)) for entry in found],
-        pair=record.get("lower_witness") or {},
+        pair=(record.get("lower_witness") or {}).get("file"),
         colours=drawing.COLOURS,
     )
 
