@@ -21,7 +21,7 @@ upper bound of ‖|M|‖ (Schur test: √(largest row sum · largest column sum)
 
     ‖fl(M₂M₁) - M₂M₁‖ ≤ γ_n S(M₂) S(M₁),       ‖fl(M₁ + M₂) - (M₁ + M₂)‖ ≤ u (S(M₁) + S(M₂)) (1 + u).
 
-Source of the sums and compositions: MATH.md 2 and 3 ("Affine segments"); Higham, chapter 3, for γ_n.
+Source of the sums and compositions: docs/bounds.md 2 and 3; Higham, chapter 3, for γ_n.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Evaluate an audited graph and bound the rounding error of the result, image by image (MATH.md 4).
+"""Evaluate an audited graph and bound the rounding error of the result, image by image (docs/bounds.md 4).
 
 Every node v has an exact value and a computed one. Let e(v) bound their distance in l2. Where the audit derived
 L(v) ≤ Λ·L(a) from an anchor a (an affine segment, pieces of one parent, one operator), the same Λ carries errors:

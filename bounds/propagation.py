@@ -1,4 +1,4 @@
-"""Walk a graph once and give every value what bounds it: the three mechanisms of MATH.md 3.
+"""Walk a graph once and give every value what bounds it: segments, pieces, products of constants (docs/bounds.md 3).
 
 A rule (`lipcert.bounds.rule`) is called as `rule(node, context)` and returns the `Value` of the node, made by one of
 

@@ -1,9 +1,9 @@
 """Linear operators with constant weights: convolutions and matrix products.
 
-Each is one tap list or one channel matrix, composed with the affine map of its argument where the two fuse (MATH.md 2
-and 3), and bounded alone where not. Biases do not matter for a Lipschitz constant. Rounding: an inner product of length
-n errs by γ_n Σ|w||x|, in any order of summation (Higham, chapter 3); one more rounding for the bias and one for weights
-that had to be rounded to the precision of the program.
+Each is one tap list or one channel matrix, composed with the affine map of its argument where the two fuse
+(docs/bounds.md 2 and 3), and bounded alone where not. Biases do not matter for a Lipschitz constant. Rounding: an inner
+product of length n errs by γ_n Σ|w||x|, in any order of summation (Higham, chapter 3); one more rounding for the bias
+and one for weights that had to be rounded to the precision of the program.
 """
 
 from __future__ import annotations
