@@ -265,13 +265,13 @@ def split(inputs: Sequence[Any], attributes: Attributes) -> tuple[Tensor, ...]:
 @operator("Slice")
 def cut(inputs: Sequence[Any], attributes: Attributes) -> Any:
     x = inputs[0]
-    starts, ends, axes, steps = (
-        (attributes.get(key) if value is None else list(np.atleast_1d(value)))
-        for key, value in zip(("starts", "ends", "axes", "steps"), (*inputs[1:], *[None] * 4)[:4], strict=True)
-    )
-    axes = range(len(starts)) if axes is None else axes
+    given = [*inputs[1:], *[None] * 4][:4]
+    named = ("starts", "ends", "axes", "steps")
+    lists = [attributes.get(key) if v is None else list(np.atleast_1d(v)) for key, v in zip(named, given, strict=True)]
+    starts, ends = lists[0] or [], lists[1] or []
+    axes, steps = lists[2] or range(len(starts)), lists[3] or [1] * len(starts)
     index: list[Any] = [slice(None)] * x.ndim
-    for axis, start, end, step in zip(axes, starts, ends, steps or [1] * len(starts), strict=True):
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         if step < 1:
             raise InputError("Slice with a negative step is not understood")
         index[axis] = slice(start, None if isinstance(end, int) and end >= 2**31 - 1 else end, step)

@@ -41,7 +41,7 @@ def build(record: Mapping[str, Any]) -> str:
         domain=", ".join(f"{end:g}" for end in record["input"]["domain"]),
         findings=_findings(record),
         summary=_summary(record),
-        finite=math.isfinite(number(record["upper"])),
+        attained=record.get("lower") is not None,
         figure=figure and _inline(figure),
         layers=views.layers(frame) if len(frame) else None,
         off_path=len(path(layers)) not in (0, len(layers)),

@@ -148,7 +148,8 @@ def layers(run: Run) -> pandas.DataFrame:
     frame["shape"] = ["×".join(map(str, shape)) if isinstance(shape, list) else str(shape or "") for shape in shapes]
     for name in ("name", "op", "method", "note"):
         frame[name] = ["" if value is None or value != value else str(value) for value in frame[name]]
-    found = shares(frame.to_dict("records"))
+    numbers = zip(frame["upper"].tolist(), frame["cumulative"].tolist(), strict=True)
+    found = shares([{"upper": upper, "cumulative": cumulative} for upper, cumulative in numbers])
     frame["log10"] = [math.nan if share.log10 is None else share.log10 for share in found]
     frame["share"] = [math.nan if share.part is None else share.part for share in found]
     frame.insert(0, "run", run.label)
