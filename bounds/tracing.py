@@ -16,6 +16,7 @@ results for a few images at once. What is then proved is a property of that func
 from __future__ import annotations
 
 import copy
+import itertools
 import operator
 import warnings
 from collections import OrderedDict
@@ -69,39 +70,45 @@ def trace(model: nn.Module | torch.export.ExportedProgram, input_shape: Example)
             plain = copy.deepcopy(model).eval().to(torch.float64)
         except Exception as error:
             raise BoundError(f"the model cannot be copied to float64: {_first_line(error)}") from error
-        program = _export(plain, input_shape)
+        # float32 holds the weights as exactly as float64 does, and is what models with casts of their own run in
+        given = {t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
+        narrow = given <= {torch.float32, torch.bfloat16, torch.float16}
+        program = _export(plain, input_shape, (torch.float64, torch.float32) if narrow else (torch.float64,))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = functional(program)
     return _Builder(program, input_shape).graph()
 
 
-def _export(model: nn.Module, input_shape: Example) -> torch.export.ExportedProgram:
+def _export(model: nn.Module, input_shape: Example, dtypes: Sequence[torch.dtype]) -> torch.export.ExportedProgram:
+    """Export a model in the first of these types that it runs in, with a symbolic batch if possible."""
     device = next((p.device for p in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    example = torch.zeros(2, *input_shape, dtype=torch.float64, device=device)
     dynamic = ({0: torch.export.Dim("batch", min=1)},)
+    errors = []
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        try:
-            return torch.export.export(model, (example,), dynamic_shapes=dynamic, strict=False)
-        except Exception as error:
+        for shapes, dtype in itertools.product((dynamic, None), dtypes):
+            example = torch.zeros(2 if shapes else 1, *input_shape, dtype=dtype, device=device)
+            model = model.to(dtype)
             try:
-                program = torch.export.export(model, (example[:1],), strict=False)
-            except Exception:
-                program = None
-            if program is not None and _same_alone(model, example):
+                program = torch.export.export(model, (example,), dynamic_shapes=shapes, strict=False)
+            except Exception as error:
+                errors.append(error)
+                continue
+            if shapes or _same_alone(model, example):
                 return program
-            raise BoundError(
-                f"torch.export cannot export the model for inputs (batch, {', '.join(map(str, input_shape))}): "
-                f"{_first_line(error)}. Give the right input shape, and keep the program free of branches on data and "
-                "of a fixed batch size"
-            ) from error
+    raise BoundError(
+        f"torch.export cannot export the model for inputs (batch, {', '.join(map(str, input_shape))}): "
+        f"{_first_line(errors[0])}. Give the right input shape, and keep the program free of branches on data and "
+        "of a fixed batch size"
+    ) from errors[0]
 
 
 def _same_alone(model: nn.Module, example: Tensor) -> bool:
     """Return whether a model takes two and three images at once and treats them as it treats each of them alone."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(3, *example.shape[1:], generator=generator, dtype=torch.float64).to(example.device)
+    images = torch.rand(3, *example.shape[1:], generator=generator).to(example)
+    close = 1e-6 if example.dtype == torch.float64 else 1e-3
     alone = [_tensors(model(image)) for image in images.split(1)]
     for count in (2, 3):
         try:
@@ -113,7 +120,7 @@ def _same_alone(model: nn.Module, example: Tensor) -> bool:
             if any(row.shape[:1] != (1,) for row in rows) or part.shape != (count, *rows[0].shape[1:]):
                 return False
             expected = torch.cat(rows)
-            if not torch.allclose(part, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max())):
+            if not torch.allclose(part, expected, rtol=close, atol=close * float(expected.abs().max())):
                 return False
     return True
 
@@ -246,7 +253,9 @@ class _Builder:
     def _record(self, node: torch.fx.Node, target: Any, arguments: Mapping[str, Any], output: int | None = None) -> Ref:
         value = node.meta["val"]
         shape, batch = self._shape(node, value) if isinstance(value, Tensor) else ((), None)
-        fixed = MappingProxyType({key: self._per_image(node, argument) for key, argument in arguments.items()})
+        fixed = MappingProxyType(
+            {key: _double(self._per_image(node, argument)) for key, argument in arguments.items()}
+        )
         where = module_path(node), source_line(node)
         self.nodes[node.name] = Node(node.name, str(target), fixed, shape, batch, *where, output=output, target=target)
         return Ref(node.name)
@@ -369,6 +378,11 @@ def _bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[s
         else:
             bound[argument.name] = kwargs.get(argument.name, argument.default_value)
     return bound
+
+
+def _double(argument: Any) -> Any:
+    """Return float64 for a floating-point type: an operator with a type of its own is evaluated like all others."""
+    return torch.float64 if isinstance(argument, torch.dtype) and argument.is_floating_point else argument
 
 
 def _upcast(tensor: Tensor) -> Tensor:
