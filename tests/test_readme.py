@@ -49,9 +49,10 @@ def test_there_are_blocks_to_test() -> None:
     assert {call[0] for call in CALLS} == set(COMMANDS)
 
 
-def test_python_blocks_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from lipcert.registry import models
 
+    monkeypatch.chdir(tmp_path)
     assert models.list()  # all are registered now, so that the README's model can be taken back after the test
     monkeypatch.setattr(models, "_entries", dict(models._entries))
     space: dict[str, object] = {}
