@@ -118,7 +118,7 @@ def liplt(chain: Chain) -> Bound | None:
 def lipsdp(chain: Chain) -> Bound | None:
     """Bound a chain by LipSDP-Neuron: one multiplier for every entry, improved by gradient steps, then proved."""
     start = _closed_form(chain)
-    found = optimised(chain, *start) if start is not None else None
+    found = optimised(chain, start[1]) if start is not None else None
     return None if found is None else _bound(proved(chain, *found), "LipSDP-Neuron")
 
 
