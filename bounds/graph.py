@@ -32,10 +32,16 @@ class BatchSize:
 
 @dataclass(frozen=True, eq=False)
 class BatchConstant:
-    """Hold a constant that has a batch dimension, of size 1 here, the same for every image."""
+    """Hold a constant that has a batch dimension: here that of one image, of size 1 or of equal entries alone."""
 
     tensor: Tensor = field(repr=False)
     axis: int
+
+    def repeated(self, images: int) -> Tensor:
+        """Return the constant for so many images."""
+        shape = list(self.tensor.shape)
+        shape[self.axis] *= images
+        return self.tensor.narrow(self.axis, 0, 1).expand(shape)
 
 
 @dataclass(frozen=True, eq=False)

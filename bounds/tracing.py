@@ -253,9 +253,10 @@ class _Builder:
     def _record(self, node: torch.fx.Node, target: Any, arguments: Mapping[str, Any], output: int | None = None) -> Ref:
         value = node.meta["val"]
         shape, batch = self._shape(node, value) if isinstance(value, Tensor) else ((), None)
-        fixed = MappingProxyType(
-            {key: _double(self._per_image(node, argument)) for key, argument in arguments.items()}
-        )
+        plain = arguments if output is not None else {
+            key: _double(self._per_image(node, argument)) for key, argument in arguments.items()
+        }  # further results of one operator have its arguments
+        fixed = MappingProxyType(dict(plain))
         where = module_path(node), source_line(node)
         self.nodes[node.name] = Node(node.name, str(target), fixed, shape, batch, *where, output=output, target=target)
         return Ref(node.name)
@@ -287,7 +288,8 @@ class _Builder:
             if any(isinstance(leaf, BatchSize | BatchConstant) for leaf in leaves(list(arguments.values()))):
                 raise self._mixed(node)
             return tensor
-        if len(axes) > 1 or sizes[axes[0]] != BatchSize(1):
+        alike = bool((tensor == tensor.narrow(axes[0], 0, 1)).all())
+        if len(axes) > 1 or (sizes[axes[0]] != BatchSize(1) and not alike):
             raise self._mixed(node)
         return BatchConstant(tensor, axes[0])
 
@@ -309,10 +311,10 @@ class _Builder:
             return tuple(self._per_image(node, item) for item in argument)
         if not isinstance(argument, BatchConstant):
             return argument
-        first, second = argument.tensor.unbind(argument.axis)
+        first, second = argument.tensor.chunk(2, argument.axis)
         if not torch.equal(first, second):
             raise self._mixed(node)
-        return BatchConstant(first.unsqueeze(argument.axis), argument.axis)
+        return BatchConstant(first, argument.axis)
 
     def _size(self, size: Any) -> int | BatchSize:
         """Return a size as an integer, or as a multiple of the batch."""

@@ -123,9 +123,7 @@ def _given(argument: Any, values: Mapping[str, Any], x: Tensor) -> Any:
     if isinstance(argument, BatchSize):
         return argument.factor * x.shape[0]
     if isinstance(argument, BatchConstant):
-        shape = list(argument.tensor.shape)
-        shape[argument.axis] = x.shape[0]
-        return argument.tensor.to(x.device).expand(shape)
+        return argument.repeated(x.shape[0]).to(x.device)
     if isinstance(argument, Tensor):
         return argument.to(x) if argument.is_floating_point() else argument.to(x.device)
     return [_given(item, values, x) for item in argument] if isinstance(argument, tuple) else argument

@@ -81,9 +81,7 @@ def _run(node: Node, numbers: Tensor, images: int) -> Tensor:
         if isinstance(argument, BatchSize):
             return argument.factor * images
         if isinstance(argument, BatchConstant):
-            shape = list(argument.tensor.shape)
-            shape[argument.axis] = images
-            return argument.tensor.cpu().expand(shape)
+            return argument.repeated(images).cpu()
         if isinstance(argument, Tensor):
             return argument.cpu()
         return [given(item) for item in argument] if isinstance(argument, tuple) else argument
