@@ -76,9 +76,23 @@ def convolutions(draw):
     return weight, size, options
 
 
+CASES = (convolutions(), st.sampled_from(["eigenvalue", "gram"]), st.sampled_from(["dense", "torus", "grid"]))
+
+
 @settings(max_examples=300)
-@given(convolutions(), st.sampled_from(["eigenvalue", "gram"]), st.sampled_from(["dense", "torus", "grid"]))
+@given(*CASES)
 def test_never_below_the_operator(case, method, way):
+    compare(case, method, way)
+
+
+@pytest.mark.nightly
+@settings(max_examples=10_000, deadline=None)
+@given(*CASES)
+def test_never_below_the_operator_in_ten_thousand_cases(case, method, way):
+    compare(case, method, way)
+
+
+def compare(case, method, way):
     weight, size, options = case
     with pytest.MonkeyPatch.context() as patch:
         if way != "dense":
