@@ -27,6 +27,7 @@ class Counterpart:
     least: float | None = 1.0
 
 
+_LINEAR = {"batch_norm", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "addmm", "mm", "convolution"}
 _ATTENTION = ("scaled_dot_product_attention", "attention", "softmax_attention", "multi_head_attention")
 
 COUNTERPARTS = (
@@ -135,7 +136,10 @@ def advice(layers: Sequence[Mapping[str, Any]], unbounded: Sequence[Mapping[str,
 
 
 def _counterpart(row: Mapping[str, Any]) -> int | None:
+    """Return the position of a row's counterpart; products and sums inside one affine map are with constants."""
     words, factor = set(_words(row.get("op"))), number(row.get("upper"))
+    if words & {"affine", "chain"}:
+        words &= _LINEAR
     for position, entry in enumerate(COUNTERPARTS):
         if entry.least is not None and words & {*entry.operators} and factor > entry.least:
             return position

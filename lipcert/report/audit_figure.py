@@ -13,11 +13,13 @@ from lipcert.report.drawing import COLOURS, MUTED, PAPER, settings, settle
 from lipcert.report.figures import plain_log
 from lipcert.report.shares import number, path
 
+_SMALLEST = 1e3  # how far below the line a branch is still drawn
+
 
 def through_depth(layers: Sequence[Mapping[str, Any]], lower: float, claimed: float) -> Figure | None:
     """Draw the cumulative bound behind each row on a logarithmic axis; None without two finite ones.
 
-    The line follows the rows that decide the bound of the last one, rows of smaller branches are hollow, and a row
+    The line follows the rows that decide the bound of the last one, rows of other branches are hollow, and a row
     without a bound is marked where it stands. `lower` and `claimed` are NaN where there are none.
     """
     heights = [number(row["cumulative"]) for row in layers]
@@ -29,10 +31,11 @@ def through_depth(layers: Sequence[Mapping[str, Any]], lower: float, claimed: fl
         figure = Figure(figsize=(8.2, 3.6), layout="constrained")
         axes = figure.add_subplot()
         axes.set_yscale("log")
-        aside = [i for i in finite if i not in deciding]
+        least = min(1.0, *(heights[i] for i in deciding)) / _SMALLEST
+        aside = [i for i in finite if i not in deciding and heights[i] > least]  # a branch times 0 has no place here
         axes.plot([i + 1 for i in aside], [heights[i] for i in aside], "o", color=MUTED, markerfacecolor=PAPER,
                   markersize=3.5, label="other branches")  # fmt: skip
-        label = "bound up to here, along the largest branch"
+        label = "bound up to here, along the path that decides it"
         axes.plot([0, *(i + 1 for i in deciding)], [1.0, *(heights[i] for i in deciding)], color=COLOURS[0], marker="o",
                   markersize=3.5, label=label)  # fmt: skip
         endless = [i for i, height in enumerate(heights) if math.isinf(height)]

@@ -195,7 +195,7 @@ def _name_radii(axes: Axes, radii: Sequence[float]) -> None:
 def plain_log(axes: Axes) -> None:
     """Label a logarithmic axis with plain numbers, also where it spans less than a decade."""
     low, high = axes.get_ylim()
-    decades = math.log10(high / low)
+    decades = math.log10(high) - math.log10(low)
     steps = (1.0,) if decades > 2 else (1.0, 2.0, 5.0) if decades > 0.6 else tuple(float(step) for step in range(1, 10))
     axes.yaxis.set_major_locator(LogLocator(subs=steps, numticks=12))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, powers=decades > 6)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import jinja2
 import pandas
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from lipcert.files import require_writable, write_bytes, write_text
@@ -109,9 +110,16 @@ _DESCRIPTIONS = {
 def template(name: str) -> jinja2.Template:
     """Return a template of this folder; what it is given is escaped, and what is missing is an error."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent, encoding="utf-8")
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).get_template(name)
+    )
+    environment.filters["breakable"] = _breakable
+    return environment.get_template(name)
+
+
+def _breakable(text: str) -> Markup:
+    """Let a browser break a module path behind each dot, and a chain of operators behind each plus."""
+    return Markup(re.sub(r"([.+])(?=.)", r"\1<wbr>", str(escape(text))))
 
 
 def _findings(runs: Sequence[Run], headline: pandas.DataFrame) -> list[str]:

@@ -105,7 +105,7 @@ def layers(frame: pandas.DataFrame) -> View:
 
     columns: list[Column] = [
         ("Layer", lambda row: Cell(row["name"] or wording.MISSING, row["name"], "name")),
-        ("Operator", lambda row: Cell(_breakable(row["op"]) or wording.MISSING, row["op"], "op")),
+        ("Operator", lambda row: Cell(row["op"] or wording.MISSING, row["op"], "op")),
         ("Shape", _text("shape")),
         ("Bound", _number("upper", wording.upper)),
         ("log\N{SUBSCRIPT ONE}\N{SUBSCRIPT ZERO}", _logarithm),
@@ -158,11 +158,6 @@ def _lower(row: Row) -> Cell:
     if row["lower"] is not None and row["upper"] is not None and row["lower"] > row["upper"]:
         return Cell(cell.text, cell.value, "number bad", f"above the proved bound: {cell.title} > {row['upper']:.17g}")
     return cell
-
-
-def _breakable(text: str) -> str:
-    """Let a browser break a chain of operators behind each plus."""
-    return text.replace("+", "+\N{ZERO WIDTH SPACE}")
 
 
 def _logarithm(row: Row) -> Cell:

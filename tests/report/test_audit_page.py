@@ -86,6 +86,12 @@ def test_each_operator_has_its_counterpart(op: str, upper: float, counterpart: s
     assert advice([row("layer", op, 1.0, 1.0)], []) == []  # nothing to say where nothing grows
 
 
+def test_products_with_constants_are_no_gates() -> None:
+    (entry,) = advice([row("layer", "affine: mul+add+conv2d", 3.0, 3.0)], [])
+    assert entry.counterpart.title.startswith("Linear layers")
+    assert advice([row("layer", "affine: mul+add", 3.0, 3.0)], []) == []
+
+
 def test_counterparts_exist() -> None:
     import lipcert.layers
 
@@ -119,7 +125,7 @@ class Text(HTMLParser):
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "br"):
+        if tag not in ("meta", "br", "wbr"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
@@ -147,7 +153,7 @@ def test_the_page_is_complete_and_fetches_nothing() -> None:
     text, page = parsed(html)
     assert "The claimed constant 0.25 is refuted: a pair of inputs attains 0.5" in text
     assert "rounding of the outputs proved" in text and 'load_file("pair.safetensors")' in text
-    assert "Rows without a share lie on smaller branches" in text
+    assert "Rows without a share lie on other branches" in text
     assert sum(tag == "svg" for tag, _ in page.tags) == 1
     for tag, attributes in page.tags:
         assert tag not in ("link", "img", "iframe", "object", "base") and "src" not in attributes
@@ -184,7 +190,7 @@ def test_the_figure_draws_the_deciding_rows_and_the_others_apart() -> None:
     assert figure is not None
     lines = {str(line.get_label()): line for line in figure.axes[0].get_lines()}
     assert list(lines["other branches"].get_ydata()) == [2.0]
-    assert list(lines["bound up to here, along the largest branch"].get_xdata()) == [0, 1, 3, 4, 5]
+    assert list(lines["bound up to here, along the path that decides it"].get_xdata()) == [0, 1, 3, 4, 5]
     assert "attained by two inputs" in lines and "claimed" not in lines
     endless = [*BRANCHES, row("attn", "mul", "inf", "inf")]
     figure = audit_figure.through_depth(endless, math.nan, 3.0)

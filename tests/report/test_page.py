@@ -16,7 +16,7 @@ from lipcert.errors import InputError
 from lipcert.report.page import Report, build
 from lipcert.report.read import read_all
 
-VOID = {"meta", "br", "img", "link", "input", "hr"}
+VOID = {"meta", "br", "wbr", "img", "link", "input", "hr"}
 
 
 class Outline(HTMLParser):
