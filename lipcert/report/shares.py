@@ -1,8 +1,8 @@
 """Who makes a bound large: the factors along the path that decides it, on a logarithmic scale.
 
 Where branches are added, the bound is that of the largest branch times a factor, in which the others count; the rows of
-these do not multiply into the result. So the rows are followed backwards from the result, each to the row whose bound it
-multiplied, which `upper` and `cumulative` tell. Along this path the logarithms of the factors sum to that of the bound.
+these do not multiply into the result. So the rows are followed backwards from the result, each to the row whose bound
+it multiplied, which `upper` and `cumulative` tell. Along this path the logarithms sum to that of the bound.
 """
 
 from __future__ import annotations
