@@ -185,11 +185,7 @@ def _weights(
 ) -> tuple[float, float, float] | None:
     """Return the coefficients for queries, keys and values with ranges widened by their margins, None if infinite."""
     q, k, v = (Rows(wide(p.rows.norm), wide(p.rows.radius)) for p in parts)
-    queries, keys = node.shape[-2], parts[1].value.shape[-2]
-    if queries != parts[0].value.shape[-2]:
-        return None
-    if parts[2].value.shape[-2] != keys:
-        keys = parts[2].value.shape[-2]  # transposed keys
+    queries, keys = node.shape[-2], parts[2].value.shape[-2]
     spread = 2.0 * abs(scale) * q.norm * k.radius * (1 + 2.0**-40)
     hidden = [bias for bias in biases if bool(bias.isinf().any())]
     for bias in biases:
@@ -202,7 +198,9 @@ def _weights(
     except ValueError as error:
         raise BoundError(f"{error} ({node.place})") from error
     found = coefficients(q, k, v, scale, float(queries) if len(hidden) > 1 else column)
-    return found if all(map(math.isfinite, found)) else None
+    heads = math.prod(node.shape[:-2])  # what is broadcast to several heads moves them all
+    a, b, c = (mul_up(f, sqrt_up(heads / math.prod(p.value.shape[:-2]))) for f, p in zip(found, parts, strict=True))
+    return (a, b, c) if math.isfinite(a + b + c) else None
 
 
 def _derivations(context: Context, parts: Sequence[Part], weights: Sequence[float]) -> list:

@@ -194,6 +194,27 @@ def test_dot_product_attention_of_unbounded_inputs_has_no_bound():
     assert math.isfinite(audit(Apply(attend), (4, 3)).upper.value)
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_keys_and_values_shared_by_heads_count_for_each(written):
+    """Three heads with one set of keys and values, which is broadcast: √3 for their moves."""
+
+    def attend(m, x):
+        q, k, v = m.q(x).unflatten(-1, (3, 2)).transpose(1, 2), m.k(x)[:, None], m.v(x)[:, None]
+        if written:
+            return (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0)
+
+    torch.manual_seed(3)
+    parts = dict(q=nn.Linear(4, 6), k=nn.Linear(4, 2), v=nn.Linear(4, 2))
+    nn.init.zeros_(parts["q"].weight)  # uniform attention: only the values move
+    nn.init.zeros_(parts["q"].bias)
+    parts["v"].weight.data.mul_(10)
+    model = Apply(attend, **parts).double()
+    result = audit(model, (5, 4))
+    assert attacked(model, (5, 4)) <= result.upper.value < math.inf
+    assert result.upper.value <= attacked(model, (5, 4)) * (1.1 if not written else 1.5)
+
+
 NEAR = {
     "softmax over the queries": lambda m, x: (x @ x.transpose(1, 2)).softmax(1) @ x,
     "a data mask": lambda m, x: (x @ x.transpose(1, 2) + x.sum(2, keepdim=True)).softmax(-1) @ x,
