@@ -7,8 +7,11 @@ shape of its inputs where its library says it.
 from __future__ import annotations
 
 import importlib.util
+import os
+import pickle
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,6 +51,21 @@ class Picked(nn.Module):
         return self.network(x)[self.key]
 
 
+@contextmanager
+def restricted_unpickling() -> Iterator[None]:
+    """Make torch.load read tensors only, whoever calls it: torchvision asks for unrestricted unpickling."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
 def torchvision_model(spec: str) -> tuple[nn.Module, tuple[int, ...] | None]:
     """Return the network `NAME` or `NAME:WEIGHTS` of torchvision with its normalisation, and its input shape.
 
@@ -72,7 +90,11 @@ def torchvision_model(spec: str) -> tuple[nn.Module, tuple[int, ...] | None]:
         raise unknown(f"weights of {name}", wanted, [*choices.__members__, "random"])
     weights = choices[wanted or "DEFAULT"]
     try:
-        network = zoo.get_model(name, weights=weights, **more)
+        with restricted_unpickling():
+            network = zoo.get_model(name, weights=weights, **more)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"the weights of {name} in {torch.hub.get_dir()} are no plain tensors: {reason}") from error
     except OSError as error:  # also URLError and HTTPError
         raise InputError(
             f"the weights of {name} could not be fetched from {weights.url} ({error}); "
@@ -103,7 +125,7 @@ def timm_model(spec: str) -> tuple[nn.Module, tuple[int, ...] | None]:
     if name not in known:
         raise unknown("timm model", name, known)
     try:
-        with quiet("huggingface_hub", "timm"):
+        with quiet("huggingface_hub", "timm"), restricted_unpickling():
             network = timm.create_model(name, pretrained=not wanted)
     except Exception as error:  # of the hub, of urllib, or of timm where a model has no weights
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -29,6 +29,42 @@ def test_segmentation_models_of_torchvision_give_their_logits(torchvision) -> No
     assert shape is None
 
 
+class Mark:
+    """Unpickling this writes a file."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (exec, (f"open({str(self.path)!r}, 'w').close()",))
+
+
+def test_weights_of_torchvision_are_read_as_tensors(torchvision, tmp_path, monkeypatch) -> None:
+    """Here a file lies in torch's cache that runs code when it is unpickled."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    weights = torchvision.models.ResNet18_Weights.DEFAULT
+    torch.save({"conv1.weight": Mark(tmp_path / "executed")}, tmp_path / "checkpoints" / weights.url.rsplit("/")[-1])
+    with pytest.raises(InputError, match="no plain tensors"):
+        torchvision_model("resnet18")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_weights_of_torchvision_in_the_cache_are_used(torchvision, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    plain = torchvision.models.squeezenet1_1(weights=None).eval()
+    weights = torchvision.models.SqueezeNet1_1_Weights.DEFAULT
+    torch.save(plain.state_dict(), tmp_path / "checkpoints" / weights.url.rsplit("/")[-1])
+    network, shape = torchvision_model("squeezenet1_1")
+    x = torch.rand(1, 3, 64, 64)
+    seen = weights.transforms()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (seen.mean, seen.std))
+    with torch.no_grad():
+        torch.testing.assert_close(network.eval()(x), plain((x - mean) / std))
+    assert shape == (3, 224, 224)
+
+
 def test_other_tasks_of_torchvision_are_refused(torchvision) -> None:
     with pytest.raises(InputError, match="neither classifies nor segments"):
         torchvision_model("raft_small:random")
