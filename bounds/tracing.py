@@ -66,6 +66,12 @@ def trace(model: nn.Module | torch.export.ExportedProgram, input_shape: Example)
     if isinstance(model, torch.export.ExportedProgram):
         program = model
     else:
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.is_complex() or tensor.is_quantized:
+                raise BoundError(
+                    f"{name} has the type {tensor.dtype}, and its copy in float64 is another network (complex numbers "
+                    "lose their imaginary parts); only networks of real numbers can be bounded"
+                )
         try:
             plain = copy.deepcopy(model).eval().to(torch.float64)
         except Exception as error:

@@ -117,7 +117,6 @@ def command(
     begun = time.perf_counter()
 
     from lipcert.bounds.audit import audit
-    from lipcert.bounds.replay import replay
     from lipcert.export import export
     from lipcert.programs import ProgramNetwork
     from lipcert.quiet import quiet
@@ -126,7 +125,6 @@ def command(
     audited = network.program if isinstance(network, ProgramNetwork) else network
     with quiet("torch"), redirect_stderr(io.StringIO()):  # a failed export is one sentence, not the exporter's log
         result = audit(audited, shape, domain, tightness)
-    replay(network, result.program, shape, domain)
     lower = _lower(network, result, starts, lower_steps, seed) if lower_steps else None
     record = _record(resolved, result, lower, claimed, time.perf_counter() - begun)
     pair = None if lower is None else _pair_file(output, json_file, html_file, resolved.run)

@@ -20,10 +20,7 @@ DOMAIN = (0.0, 1.0)
 
 
 def checked(model: nn.Module, shape: tuple[int, ...] = SHAPE) -> Audit:
-    """Audit a model, and compare what was exported with what it computes."""
-    result = audit(model, shape, DOMAIN)
-    replay(model, result.program, shape, DOMAIN)
-    return result
+    return audit(model, shape, DOMAIN)
 
 
 def branch_on_data(self, x):
