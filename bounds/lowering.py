@@ -1,8 +1,8 @@
 """Operators that are several: written as the small ones that have rules.
 
-`addcmul`, `baddbmm`, `glu` and the `einsum` of two operands become products, sums, views and one matrix product, in the
-order in which PyTorch's documentation defines them. The graph with the small operators is what is bounded and
-evaluated; what is not understood stays as it is.
+`addcmul`, `baddbmm`, `lerp`, `glu`, variances and the `einsum` of two operands become products, sums, views and one
+matrix product, in the order in which PyTorch's documentation defines them. The graph with the small operators is what
+is bounded and evaluated; what is not understood stays as it is.
 """
 
 from __future__ import annotations
@@ -96,6 +96,51 @@ def _baddbmm(writer: _Writer) -> bool:
     if node["beta"] != 1:
         bias = writer.both(aten.mul.Tensor, bias, torch.tensor(float(node["beta"]), dtype=torch.float64))
     writer.both(aten.add.Tensor, bias, product, alpha=node["alpha"])
+    return True
+
+
+def _lerp(writer: _Writer) -> bool:
+    """Write self + weight·(end - self) for a number as weight."""
+    node = writer.node
+    difference = writer.both(aten.sub.Tensor, node["end"], node["self"], alpha=1)
+    writer.both(aten.add.Tensor, node["self"], difference, alpha=float(node["weight"]))
+    return True
+
+
+def _variance(writer: _Writer) -> bool:
+    """Write the variance as Σ(x - mean)²/(n - correction), the standard deviation as ‖x - mean‖/√(n - correction)."""
+    node, x = writer.node, writer.node["self"]
+    shape, place = writer.shape(x), writer.find(x).batch
+    dims = node["dim"] if node["dim"] not in (None, ()) else tuple(range(len(shape)))
+    dims = tuple(sorted({d % len(shape) for d in dims}))
+    count = math.prod(shape[d] for d in dims)
+    correction = node["correction"] if "correction" in node.arguments else int(node["unbiased"])
+    freedom = count - (1 if correction is None else correction)
+    if place in dims or freedom <= 0:
+        return False
+    flat = tuple(1 if d in dims else size for d, size in enumerate(shape))
+    kept = {"dim": dims, "keepdim": True, "dtype": None}
+    mean = writer.add(aten.mean.dim, flat, place, {"self": x, **kept})
+    difference = writer.add(aten.sub.Tensor, shape, place, {"self": x, "other": mean, "alpha": 1})
+    kept["keepdim"] = node["keepdim"]
+    if node.op.startswith("aten.std"):
+        length = {"self": difference, "ord": 2, **kept}
+        total, divisor = writer.add(aten.linalg_vector_norm.default, node.shape, node.batch, length), math.sqrt(freedom)
+    else:
+        square = writer.add(aten.square.default, shape, place, {"self": difference})
+        total = writer.add(aten.sum.dim_IntList, node.shape, node.batch, {"self": square, **kept})
+        divisor = float(freedom)
+    writer.add(aten.div.Scalar, node.shape, node.batch, {"self": total, "other": divisor})
+    return True
+
+
+def _recorded(writer: _Writer) -> bool:
+    """Write instance normalisation with recorded statistics as batch normalisation, which it is."""
+    node = writer.node
+    if node["use_input_stats"]:
+        return False
+    kept = {key: node[key] for key in ("input", "weight", "bias", "running_mean", "running_var", "momentum", "eps")}
+    writer.add(aten.batch_norm.default, node.shape, node.batch, {**kept, "training": False, "cudnn_enabled": False})
     return True
 
 
@@ -211,4 +256,7 @@ _TABLE: dict[str, Callable[[_Writer], bool]] = {
     "aten.baddbmm.default": _baddbmm,
     "aten.glu.default": _glu,
     "aten.einsum.default": _einsum,
+    "aten.lerp.Scalar": _lerp,
+    **{f"aten.{kind}.{form}": _variance for kind in ("var", "std") for form in ("dim", "correction")},
+    "aten.instance_norm.default": _recorded,
 }

@@ -228,6 +228,13 @@ def schur(weight: Tensor) -> float:
 # ------------------------------------------------------------------------------------------------------------ ranges
 
 
+@ranged("aten.cumsum.default")
+def _cumulative_range(node: Node, ranges: Ranges) -> Range:
+    dim = node["dim"] % len(node.shape)
+    ones = torch.ones(node.shape[dim], node.shape[dim], dtype=torch.float64, device=ranges.device)
+    return affine(ranges.of(node, "self"), ones.tril(), None, dim)
+
+
 @ranged("aten.linear.default", "aten.addmm.default")
 def _linear_range(node: Node, ranges: Ranges) -> Range:
     data, weight, bias = ("mat1", "mat2", "self") if "mat1" in node.arguments else ("input", "weight", "bias")

@@ -89,9 +89,10 @@ def center(node: Node, context: Context) -> Value:
     return context.linear(node, x, transform, channel=channel, norm=lambda: ONE, cheap=1.0, rounding=rounding)
 
 
-@rule("aten.amax.default", "aten.amin.default", "aten.max.dim", "aten.min.dim")
+@rule("aten.amax.default", "aten.amin.default", "aten.max.dim", "aten.min.dim", "aten.kthvalue.default",
+      "aten.median.dim")  # fmt: skip
 def extremum_along(node: Node, context: Context) -> Value:
-    """Bound a maximum or minimum over dimensions by 1: |max a - max b| ≤ ‖a - b‖_∞, group by group."""
+    """Bound a maximum, minimum or other order statistic over dimensions by 1: |Δ| ≤ ‖a - b‖_∞, group by group."""
     x = context.data(node, "self")
     _values_only(node)
     given = node["dim"]
@@ -288,7 +289,9 @@ def _averaged_range(node: Node, ranges: Ranges) -> Range:
     return monotone(node, ranges, roundings=count + 8)
 
 
-@ranged("aten.amax.default", "aten.amin.default", "aten.max.dim", "aten.min.dim", "aten.sort.default",
+@ranged("aten.amax.default", "aten.amin.default", "aten.max.dim", "aten.min.dim", "aten.kthvalue.default",
+        "aten.median.dim", "aten.adaptive_max_pool1d.default", "aten.adaptive_max_pool2d.default",
+        "aten.adaptive_max_pool3d.default", "aten.sort.default",
         "aten.sort.stable", "aten.topk.default", "aten.max_pool1d.default", "aten.max_pool2d.default",
         "aten.max_pool3d.default", "aten.max_pool2d_with_indices.default", "lipcert.maxmin_along")  # fmt: skip
 def _ordered_range(node: Node, ranges: Ranges) -> Range:

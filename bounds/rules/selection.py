@@ -18,7 +18,7 @@ from lipcert.bounds.graph import BatchConstant, BatchSize, Node, Ref, call
 from lipcert.bounds.propagation import Context
 from lipcert.bounds.ranges import Range, Ranges, monotone, ranged
 from lipcert.bounds.rounding import sqrt_up
-from lipcert.bounds.values import ONE, Value
+from lipcert.bounds.values import ONE, Rounding, Value
 
 _PICKING = [f"aten.{name}.default" for name in "unfold im2col gather take_along_dim diagonal tril triu".split()]
 
@@ -29,6 +29,18 @@ def selection(node: Node, context: Context) -> Value:
     if len(set(node.inputs)) > 1:
         return context.unbounded(node, [context.live[n] for n in node.inputs], "the index depends on the input")
     return picked(node, context, context.live[node.inputs[0]])
+
+
+@rule("aten.col2im.default")
+def folded(node: Node, context: Context) -> Value:
+    """Bound the adjoint of `im2col`, which adds up overlapping windows, by the same norm: √(windows an entry)."""
+    x = context.data(node, "self")
+    if x.node.batch not in (0, None) or len(x.shape) != 3 or x.merged != (1, 1):
+        raise context.mixed(node)
+    windows = round(float(_run(node, torch.ones(x.shape, dtype=torch.float64), 1).max()))
+    norm = ONE if windows <= 1 else Bound(sqrt_up(float(windows)), "upper", "copies")
+    rounding = Rounding(((windows, norm.value),), operations=windows)
+    return context.linear(node, x, None, norm=lambda: norm, cheap=norm.value, rounding=rounding)
 
 
 def picked(node: Node, context: Context, x: Value) -> Value:
@@ -94,3 +106,9 @@ def _picked_range(node: Node, ranges: Ranges) -> Range:
     if len(set(node.inputs)) > 1:
         return ranges.unknown(node)
     return monotone(node, ranges)
+
+
+@ranged("aten.col2im.default")
+def _folded_range(node: Node, ranges: Ranges) -> Range:
+    """Range over sums of as many entries as windows can meet."""
+    return monotone(node, ranges, roundings=math.prod(node["kernel_size"]) + 1)

@@ -56,8 +56,9 @@ def view(node: Node, context: Context) -> Value:
     return context.linear(node, x, transform, norm=lambda: ONE, cheap=1.0, merged=merged)
 
 
-@rule("aten.permute.default", "aten.transpose.int", "aten.swapaxes.default", "aten.movedim.int", "aten.movedim.intlist",
-      "aten.t.default", "aten.numpy_T.default", "aten.mT.default")  # fmt: skip
+@rule("aten.permute.default", "aten.transpose.int", "aten.swapaxes.default", "aten.swapdims.default",
+      "aten.movedim.int", "aten.movedim.intlist", "aten.t.default", "aten.numpy_T.default",
+      "aten.mT.default")  # fmt: skip
 def permute(node: Node, context: Context) -> Value:
     """Permute the dimensions: an isometry."""
     x = context.data(node, "self")
@@ -309,6 +310,9 @@ def _merged(node: Node, context: Context, x: Value) -> tuple[int, int]:
     return outer // before, size // (outer // before)
 
 
+_SWAPPED = {"transpose": ("dim0", "dim1"), "swapdims": ("dim0", "dim1"), "swapaxes": ("axis0", "axis1")}
+
+
 def _order(node: Node, rank: int) -> list[int]:
     kind = node.op.split(".")[1]
     order = list(range(rank))
@@ -321,7 +325,7 @@ def _order(node: Node, rank: int) -> list[int]:
         return [source[target.index(d)] if d in target else next(rest) for d in order]
     if kind == "numpy_T":
         return order[::-1]
-    first, second = {"transpose": ("dim0", "dim1"), "swapaxes": ("axis0", "axis1")}.get(kind, (None, None))
+    first, second = _SWAPPED.get(kind, (None, None))
     a, b = (node[first] % rank, node[second] % rank) if first and second else (rank - 2, rank - 1)
     order[a], order[b] = order[b], order[a]
     return order
@@ -344,7 +348,8 @@ def _images_first(node: Node, context: Context, x: Value) -> None:
     "aten.view.default", "aten.reshape.default", "aten._unsafe_view.default", "aten.flatten.using_ints",
     "aten.unflatten.int", "aten.squeeze.default", "aten.squeeze.dim", "aten.squeeze.dims", "aten.unsqueeze.default",
     "aten.view_as.default", "aten.reshape_as.default", "aten.permute.default", "aten.transpose.int",
-    "aten.swapaxes.default", "aten.movedim.int", "aten.movedim.intlist", "aten.t.default", "aten.numpy_T.default",
+    "aten.swapaxes.default", "aten.swapdims.default", "aten.movedim.int", "aten.movedim.intlist", "aten.t.default",
+    "aten.numpy_T.default",
     "aten.mT.default", "aten.slice.Tensor", "aten.narrow.default", "aten.select.int", "aten.index_select.default",
     "aten.index.Tensor", "aten.flip.default", "aten.roll.default", "aten.pad.default", "aten.constant_pad_nd.default",
     "aten.pixel_unshuffle.default", "aten.pixel_shuffle.default", "aten.channel_shuffle.default",

@@ -27,6 +27,10 @@ LINEAR = {
     "no result given": (lambda m, x: torch.einsum("bij,jk", x, m.w), (4, 2), (3, 4)),
     "entry by entry": (lambda m, x: torch.einsum("bij,ij->bij", x, m.w), (3, 4), (3, 4)),
     "addcmul": (lambda m, x: torch.addcmul(m.w, m.w, x, value=2.0), (4,), (3, 4)),
+    "lerp": (lambda m, x: torch.lerp(x, m.w, 0.3), (3, 4), (3, 4)),
+    "recorded instance statistics": (
+        lambda m, x: F.instance_norm(x, *m.w.detach().exp(), use_input_stats=False), (2, 3), (3, 4, 4),
+    ),
     "addcmul of a constant product": (lambda m, x: torch.addcmul(x, m.w, m.w), (4,), (3, 4)),
 }  # fmt: skip
 
@@ -47,6 +51,9 @@ NONLINEAR = {
     ),
     "addcmul of two values": (lambda m, x: torch.addcmul(x, x.sigmoid(), x.tanh(), value=0.5), (3, 4)),
     "glu": (lambda m, x: F.glu(x.tanh(), 1), (4, 3)),
+    "variance": (lambda m, x: x.var((2, 3)), (2, 3, 3)),
+    "biased variance": (lambda m, x: torch.var(x, 1, correction=0, keepdim=True) * x, (3, 4)),
+    "standard deviation": (lambda m, x: x.std((2, 3), keepdim=True) + x, (2, 3, 3)),
     "glu of the last dimension": (lambda m, x: F.glu(x.tanh()), (3, 4)),
     "baddbmm": (lambda m, x: torch.baddbmm(x, x.sigmoid(), x.tanh(), beta=0.5, alpha=2), (3, 3)),
 }  # fmt: skip
@@ -78,6 +85,7 @@ def test_small_operators_have_names_and_places_of_their_own():
     lambda m, x: torch.einsum("bii->bi", x), lambda m, x: torch.einsum("bij,bij,bij->b", x, x, x),
     lambda m, x: torch.einsum("bij,bj->b", x, x[:, 0]), lambda m, x: torch.einsum("bij,cij->bcij", x, x),
     lambda m, x: torch.einsum("bij,bij->ij", x, x), lambda m, x: F.glu(torch.cat([x, x]), 0),
+    lambda m, x: x - x.var(0), lambda m, x: x.var(correction=9, dim=1),
 ])  # fmt: skip
 def test_what_is_not_understood_or_mixes_images_is_refused(function):
     with pytest.raises(BoundError):

