@@ -31,7 +31,7 @@ from torch import Tensor
 from lipcert.bounds.composition.chain import Chain
 
 STEPS = 300  # gradient steps for a small chain
-WORK = 3e12  # cubes of sizes, summed over layers and steps: what a large chain may cost
+WORK = 1e12  # cubes of sizes, summed over layers and steps: what a large chain may cost
 _LEAST = 40  # steps of any chain
 _RATE = 0.2  # of Adam, decaying to a hundredth
 _SMALL = 256  # size up to which an eigendecomposition is as fast as Lanczos

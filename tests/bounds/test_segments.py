@@ -211,6 +211,18 @@ def test_networks_are_chains_where_they_can_be(which, monkeypatch):
     assert (happened <= tight.program.evaluate(x.double(), "float32")[1]).all()
 
 
+def test_pointwise_maps_of_different_dimensions_are_not_one_position():
+    """A map of the channels and one of the columns: the norms multiply, whatever the product of their matrices is."""
+    model = nn.Sequential(nn.Conv2d(4, 6, 1), nn.ReLU(), nn.Linear(6, 3))
+    for layer in (model[0], model[2]):
+        layer.weight.data = layer.weight.data.abs()
+    model[0].weight.data[1:] *= 0.01
+    model[2].weight.data[:, 0] *= 0.01
+    model[0].bias.data.fill_(100.0)
+    norms = [float(torch.linalg.matrix_norm(model[k].weight.data.double().flatten(1), 2)) for k in (0, 2)]
+    assert norms[0] * norms[1] <= audit(model, (4, 2, 6)).upper.value <= norms[0] * norms[1] * (1 + 1e-6)
+
+
 @st.composite
 def networks(draw):
     depth = draw(st.integers(1, 4))
