@@ -19,6 +19,7 @@ arXiv 2005.02929): a reference, not a target. All weights of lipsdp_random are n
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -170,4 +171,5 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=200, help="of the search for a lower bound")
     parser.add_argument("--record", action="store_true", help="add rows to RESULTS.md")
     args = parser.parse_args()
+    sys.argv = ["DIR" if word == str(args.networks) else word for word in sys.argv]  # rows name no folder of a machine
     main()
