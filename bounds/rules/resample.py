@@ -90,9 +90,10 @@ def axis_matrix(node: Node, shape: tuple[int, ...], axis: int) -> Tensor:
         first = math.floor(t)
         for j in range(first - 1, first + 3) if cubic else range(first, first + 2):
             place = min(max(j, 0), n - 1)
-            row[place] = row.get(place, Fraction(0)) + (_keys(abs(t - j)) if cubic else max(0, 1 - abs(t - j)))
+            weight = _keys(abs(t - j)) if cubic else max(Fraction(0), 1 - abs(t - j))
+            row[place] = row.get(place, Fraction(0)) + weight
         for place, weight in row.items():
-            matrix[i, place] = float(weight)
+            matrix[i, place] = float(weight)  # correctly rounded
     return matrix
 
 
