@@ -97,8 +97,10 @@ def _eliminated(
         P = (0.25 * (low + high) ** 2) * (image.T @ image)
         if low * high != 0.0:
             P = P - (low * high) * (W.T @ weighted)
-        for items, item in ((multipliers, m), (factors, factor), (largest, rho), (vectors, q)):
-            items.insert(0, item)  # type: ignore[attr-defined]
+        multipliers.insert(0, m)
+        factors.insert(0, factor)
+        largest.insert(0, rho)
+        vectors.insert(0, q)
     if not bool(P.isfinite().all()):
         return None
     square, start = _leading(P)

@@ -213,22 +213,22 @@ def _derivations(context: Context, parts: Sequence[Part], weights: Sequence[floa
         return replace(context.derive(values, factors, "attention"), margins=tuple(margins))
 
     ways = [partial(derive, apart, bounds, limits)]
-    mixed_values, mixed_factors, mixed_margins = [], [], []
+    through = []
     for p, bound, limit in zip(parts, bounds, limits, strict=True):
         source = context.kept.get(p.layer)
         if source is None:
-            mixed_values.append(p.value), mixed_factors.append(bound), mixed_margins.append(limit)
+            through.append((p.value, bound, limit))
         else:
-            mixed_values.append(source)
-            mixed_factors.append(bound * Bound(p.norm, "upper", "projection"))
-            mixed_margins.append(limit / max(p.norm, 2.0**-500))
-    ways.append(partial(derive, mixed_values, mixed_factors, mixed_margins))
+            norm = Bound(p.norm, "upper", "projection")
+            through.append((source, bound * norm, limit / max(p.norm, 2.0**-500)))
+    ways.append(partial(derive, *zip(*through, strict=True)))
     return ways
 
 
 def _scores(nodes: Mapping[str, Node], name: str) -> tuple[Node, float, list[Tensor]] | None:
     """Return the product of queries and keys behind scores, what it is scaled by, and the constants added to it."""
-    scale, biases = 1.0, []
+    scale = 1.0
+    biases: list[Tensor] = []
     while True:
         node = nodes[name]
         kind = node.op.split(".")[1]

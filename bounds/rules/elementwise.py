@@ -263,7 +263,9 @@ _LOWEST = {  # the only minimum, decreasing before and increasing after it: (whe
 def _dipping(node: Node, ranges: Ranges) -> Range:
     """Range over values at both ends, and the minimum wherever it can be reached."""
     x = ranges.of(node, "self")
-    ends = [ranges.ends(node, lambda r, end=end: getattr(r, end).clamp(-FAR, FAR)) for end in ("low", "high")]
+    ends = [
+        ranges.ends(node, lambda r: r.low.clamp(-FAR, FAR)), ranges.ends(node, lambda r: r.high.clamp(-FAR, FAR)),
+    ]  # fmt: skip
     where, least = _LOWEST[node.op.split(".")[1]]
     inside = (x.low < where + 0.01) & (x.high > where - 0.01)
     low, high = torch.minimum(*ends), torch.maximum(*ends)
