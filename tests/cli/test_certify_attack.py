@@ -1,7 +1,13 @@
 """`lipcert certify` and `lipcert attack` on a linear classifier of the digits, whose certificates are tight."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -238,6 +244,33 @@ def test_an_interrupted_attack_ends_with_the_same_rows(classifier, tmp_path, mon
     printed = capsys.readouterr()
     assert "nothing was computed" in printed.err
     assert [entry["eps"] for entry in json.loads(printed.out)] == [0.1, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("command", "file", "more"),
+    [
+        ("certify", "certificates.tsv", ("--batch-size", "3", "--limit", "360")),
+        ("attack", "attacks.tsv", ("--eps", "0.1,0.3", "--attacks", "apgd-ce", "--batch-size", "2", "--limit", "24")),
+    ],
+)
+def test_a_killed_process_resumes_to_the_same_rows(command, file, more, classifier, tmp_path):
+    line = [sys.executable, "-m", "lipcert", command, classifier, "--data", "digits", "--device", "cpu", *more, "-o"]
+    options = dict(cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    killed = subprocess.Popen([*line, str(tmp_path / "killed")], **options)
+    deadline = time.monotonic() + 120
+    while len(written(tmp_path / "killed" / file)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, "it ended before it was killed"
+    before = len(written(tmp_path / "killed" / file))
+    for more in ((tmp_path / "whole",), (tmp_path / "killed", "--resume")):
+        subprocess.run([*line, *map(str, more)], check=True, stdout=subprocess.DEVNULL, **options)
+    assert 0 < before < len(written(tmp_path / "whole" / file))
+    assert rows(tmp_path / "killed", file, ("time",)) == rows(tmp_path / "whole", file, ("time",))
+
+
+def written(path):
+    return path.read_bytes().splitlines() if path.exists() else []
 
 
 def test_certificates_of_other_images_are_not_compared(certified, classifier, capsys):
