@@ -23,7 +23,7 @@ SHAPE_ONLY = {
     f"aten.{name}.default"
     for name in "zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty".split()
 }
-_DROPOUT = ("aten.dropout_.default", "aten.feature_dropout_.default", "aten.alpha_dropout_.default")
+DROPOUT = ("aten.dropout.default", "aten.feature_dropout.default", "aten.alpha_dropout.default")
 _REGIONS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 
 # operators whose result is new memory that no other value shares
@@ -105,7 +105,7 @@ def out_of_place(target: Any) -> Any:
 def _simple(node: torch.fx.Node, weights: Collection[str]) -> bool:
     """Return whether an in-place operator changes memory that no other value of the program shares, or nothing."""
     changed = node.args[0]
-    if str(node.target) in _DROPOUT and node.args[2] is False:
+    if str(node.target).replace("_.", ".") in DROPOUT and node.args[2] is False:
         return True
     if constant(node, weights):
         return _made(node)  # then the program's own writes are repeated

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from lipcert.bounds.core import BoundError
 from lipcert.bounds.functional import (
+    DROPOUT,
     SHAPE_ONLY,
     constant,
     functional,
@@ -269,6 +270,8 @@ class _Builder:
 
     def _fold(self, node: torch.fx.Node, target: Any, arguments: Mapping[str, Any]) -> Any:
         """Evaluate an operator of constants; one with a batch dimension is evaluated for two images."""
+        if str(target) in DROPOUT and arguments["train"] is False:
+            return arguments["input"]
         if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
             raise BoundError(
                 f"{target} is random ({module_path(node)}, {source_line(node)}); only a fixed function can be bounded"

@@ -258,7 +258,7 @@ def _convolution_range(node: Node, ranges: Ranges) -> Range:
         return ranges.unknown(node)
     transposed = "transpose" in node.op
     x = ranges.of(node, "input")
-    x = x.over(*range(2, x.low.ndim))
+    x = x.over(0, *range(2, x.low.ndim))  # also over what a view merged with the images
     padding = node["padding"]
     if transposed or padding == "same" or (padding != "valid" and any(_each(padding, 1))):
         x = Range(x.low.clamp_max(0.0), x.high.clamp_min(0.0))

@@ -90,3 +90,14 @@ def test_small_operators_have_names_and_places_of_their_own():
 def test_what_is_not_understood_or_mixes_images_is_refused(function):
     with pytest.raises(BoundError):
         audit(Apply(function), (3, 3))
+
+
+def test_ranges_of_convolutions_over_merged_images():
+    """Heads merged with the images, each with a range of its own, as attention with pooled keys does it."""
+    def forward(m, x):
+        y = m.a((x.sigmoid() * m.w).reshape(-1, 2, 3, 3))
+        return (y * y).reshape(-1, 4, 3, 3)
+
+    scales = nn.Parameter(torch.tensor([1.0, 1.0, 9.0, 9.0]).view(4, 1, 1))
+    model = Apply(forward, a=nn.Conv2d(2, 2, 3, padding=1), w=scales)
+    assert audit(model, (4, 3, 3)).upper.value < float("inf")

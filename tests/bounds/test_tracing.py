@@ -114,6 +114,14 @@ def test_weights_are_never_written():
     assert model.w.tolist() == [1.0] * 4
 
 
+def test_dropout_of_weights_is_an_identity_unless_it_is_active():
+    table = nn.Parameter(torch.randn(4))
+    model = Apply(lambda m, x: x * F.dropout(m.w, 0.5, training=m.training), w=table)
+    assert audit(model, (4,)).upper.value == pytest.approx(float(table.detach().abs().max()))
+    with pytest.raises(BoundError, match="random"):
+        audit(Apply(lambda m, x: x * F.dropout(m.w, 0.5, training=True), w=table), (4,))
+
+
 def renamed(m, x):
     y = m.a(x)
     z = y.relu_()
