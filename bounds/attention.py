@@ -65,7 +65,7 @@ def column_sum(spread: float, bias: Tensor | None, queries: int, keys: int) -> f
     `bias`: constants added to the scores, (..., queries, keys), -∞ where a key is not seen; None for none. Raises
     ValueError where a row sees no key at all, as its softmax is not a number.
 
-    >>> round(column_sum(0.0, None, 6, 3), 9), column_sum(math.inf, None, 6, 3)
+    >>> round(column_sum(0.0, None, 6, 3), 9), round(column_sum(math.inf, None, 6, 3), 9)
     (2.0, 6.0)
     """
     if bias is None:
