@@ -87,13 +87,12 @@ def written_out(node: Node, context: Context, a: Value, b: Value) -> Value | Non
     weights = _weights(node, parts, scale, biases)
     if weights is None:
         return None
-    # P and V alone: ‖P'V' - PV‖_F ≤ ‖P' - P‖_F ‖V'‖ + ‖P‖ ‖V' - V‖_F, and ‖|V|‖ ≤ ‖V‖ √(smaller side)
+    # P and V alone: ‖P'V' - PV‖_F ≤ ‖P' - P‖_F ‖V'‖ + ‖P‖ ‖V' - V‖_F with P exact, and ‖|V|‖ ≤ ‖V‖ √(smaller side)
     size, length = context.ranges.matrix_norm(b.node.name), a.shape[-1]
-    rounding = Rounding(
-        ((length + 1, mul_up(wide(size), sqrt_up(float(min(b.shape[-2:]))))),), operations=2 * length
-    )
-    alone = [wide(size), weights[2] * (1.0 + 2.0**-9)]
-    margins = [2.0**-10, margin(size)]  # P off by 2^-10 in the norm of each matrix: below 2^-9 of ‖P‖ ≥ 1
+    largest = mul_up(wide(size), sqrt_up(math.prod(node.shape[:-2]) / math.prod(a.shape[:-2])))
+    rounding = Rounding(((length + 1, mul_up(largest, sqrt_up(float(min(b.shape[-2:]))))),), operations=2 * length)
+    alone = [largest, weights[2]]
+    margins = [math.inf, margin(size)]
     result = context.value(node, [a, b], alone, rounding, margins=margins)
     result.candidates += _derivations(context, parts, weights)
     result.candidates.append(
@@ -158,7 +157,8 @@ def _input_rows(ranges: Ranges, name: str) -> tuple[Tensor, Tensor, float]:
     width = nodes[name].shape[-1]
     one = torch.ones(width, dtype=torch.float64, device=ranges.device)
     if norm.op == "aten.layer_norm.default" and list(norm["normalized_shape"]) == [width] and where.factor == 1.0:
-        kept = where.index.numel() and bool(((where.index - 1) % width == torch.arange(width)).all())
+        kept = where.index.numel() and bool((where.index > 0).all())
+        kept = kept and bool(((where.index - 1) % width == torch.arange(width)).all())
         if kept and not isinstance(norm["weight"], Ref) and not isinstance(norm["bias"], Ref):
             weight = one if norm["weight"] is None else norm["weight"]
             return (0.0 * one if norm["bias"] is None else norm["bias"]), weight, sqrt_up(float(width))
