@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import math
 import multiprocessing
 import sys
 import time
@@ -32,6 +31,7 @@ from lipcert.bounds import Bound, BoundError, audit
 from lipcert.bounds.affine import AffineMap
 from lipcert.bounds.rounding import add_up
 from lipcert.bounds.rules.linear import schur
+from lipcert.report.shares import magnitude
 
 TIMM = """
 beit_base_patch16_224 bat_resnext26ts botnet26t_256 caformer_s18 cait_xxs24_224 coat_lite_tiny coat_tiny
@@ -108,12 +108,11 @@ def row(name: str, method: str) -> dict[str, Any]:
         found["shape"] = list(shape)
         start = time.perf_counter()
         result = audit(model, shape, method=method)
-        value = result.upper.value
-        if math.isfinite(value):
-            found |= {"result": "finite", "log10": math.log10(value) if value > 0 else -math.inf}
+        if result.upper.finite:
+            found |= {"result": "finite", "log10": magnitude(result.upper.written)}
         else:
             reasons = Counter(f"{op}: {reason.split(' (module')[0]}" for _, op, reason in result.unbounded)
-            found |= {"result": "infinite", "reasons": dict(reasons) or {"overflow of the bound": 1}}
+            found |= {"result": "infinite", "reasons": dict(reasons) or {"ranges overflow": 1}}
     except BoundError as error:
         found |= {"result": "failed", "error": str(error)}
     except Exception as error:  # what a table of models is for

@@ -85,14 +85,14 @@ class Audit:
             "weights_sha256": self.weights_sha256,
             "input": {"shape": list(self.input_shape), "domain": [_finite(end) for end in self.domain]},
             "norm": "l2",
-            "upper": _finite(self.upper.value),
+            "upper": self.upper.written,
             "lower": None,
             "lower_witness": None,
             "seconds": round(self.seconds, 3),
             "layers": [
                 {
-                    "name": row.name, "op": row.op, "shape": list(row.shape), "upper": _finite(row.upper.value),
-                    "lower": None, "method": row.method, "cumulative": _finite(row.cumulative), "note": row.note,
+                    "name": row.name, "op": row.op, "shape": list(row.shape), "upper": row.upper.written,
+                    "lower": None, "method": row.method, "cumulative": row.cumulative.written, "note": row.note,
                 }
                 for row in self.layers
             ],

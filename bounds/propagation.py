@@ -97,7 +97,7 @@ class Context:
             if value.representations:
                 found = self._affine(value)
             else:
-                found = min((candidate() for candidate in value.candidates), key=lambda d: d.bound.value)
+                found = min((candidate() for candidate in value.candidates), key=lambda d: d.bound.order)
             self.derivations[value.index] = found
             if value.retired:
                 value.representations, value.candidates = {}, []
@@ -323,7 +323,7 @@ class Context:
             return plain
         source, whole, members = longer
         chain = replace(self.derive([source], [whole], "chain", members=members), carried=plain)
-        return chain if chain.bound.value < plain.bound.value else plain
+        return chain if chain.bound.order < plain.bound.order else plain
 
     def _joined_pieces(self, value: Value, xs: Sequence[Value], factor: Bound) -> dict[Value, Piece]:
         """Return what the arguments together are a piece of: the same dimension of one parent, no index twice."""
@@ -333,7 +333,7 @@ class Context:
             union = frozenset[int]().union(*(piece.indices for piece in pieces))
             if len({piece.dim for piece in pieces}) == 1 and len(union) == sum(len(piece.indices) for piece in pieces):
                 members = frozenset[int]().union(*(piece.members for piece in pieces)) | {value.index}
-                largest = cache(lambda ps=pieces: max((p.factor() for p in ps), key=lambda bound: bound.value) * factor)
+                largest = cache(lambda ps=pieces: max((p.factor() for p in ps), key=lambda bound: bound.order) * factor)
                 made[parent] = Piece(pieces[0].dim, union, largest, members)
         for parent in [p for p, piece in made.items() if _whole(p, piece)]:  # then also a piece of what it came from
             for older, piece in parent.pieces.items():

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from decimal import Decimal
 
 from lipcert.bounds.core import Bound
 from lipcert.bounds.graph import Node
 from lipcert.bounds.propagation import Context
-from lipcert.bounds.rounding import div_up
 from lipcert.bounds.values import Derivation
 
 _WEIGHTED = ("conv", "linear", "addmm", "matmul", "mm", "batch_norm", "layer_norm", "group_norm")
@@ -29,7 +28,7 @@ class LayerBound:
     upper: Bound
     lower: Bound | None
     method: str
-    cumulative: float
+    cumulative: Bound
     note: str = ""
 
 
@@ -66,14 +65,27 @@ def _row(context: Context, index: int, derivation: Derivation) -> LayerBound:
     elif len(derivation.sources) == 1:
         upper = derivation.factors[0]
     else:
-        before = [context.derivations[i].bound.value for i in derivation.sources]
-        parts = " + ".join(f"{f.value:.6g}·{b:.6g}" for f, b in zip(derivation.factors, before, strict=True))
+        before = [context.derivations[i].bound for i in derivation.sources]
+        parts = " + ".join(f"{short(f)}·{short(b)}" for f, b in zip(derivation.factors, before, strict=True))
         note = f"√ of squares of {parts}" if derivation.joint else f"sum of branches {parts}"
         note += "; upper is relative to the largest branch"
-        upper = Bound(div_up(derivation.bound.value, max(before)), "upper", "branches")
+        upper = replace(derivation.bound / max(before, key=lambda bound: bound.order), method="branches")
     batch = 0 if node.batch is None else node.batch  # a program for one image has no other
     shape = tuple(size for d, size in enumerate(node.shape) if d != batch)
-    return LayerBound(_name(members), op, shape, upper, None, upper.method, derivation.bound.value, note)
+    return LayerBound(_name(members), op, shape, upper, None, upper.method, derivation.bound, note)
+
+
+def short(bound: Bound, digits: int = 6) -> str:
+    """Return a bound with a few significant digits, rounded to the nearest.
+
+    >>> short(Bound(2.0, "upper", "")), short(Bound(1e200, "upper", "") * Bound(1e200, "upper", ""))
+    ('2', '1e+400')
+    """
+    value = bound.written
+    if isinstance(value, float) or value == "inf":
+        return f"{float(value):.{digits}g}"
+    mantissa, exponent = f"{Decimal(value):.{digits - 1}e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{exponent}"
 
 
 def describe(node: Node) -> str:
@@ -115,7 +127,7 @@ def table(layers: Sequence[LayerBound], upper: Bound, unbounded: Sequence[tuple[
     """Return the rows as text, the network bound in the last line."""
     header = ("layer", "operators", "shape", "upper", "cumulative", "method")
     body = [
-        (row.name, row.op, "×".join(map(str, row.shape)), f"{row.upper.value:.6g}", f"{row.cumulative:.6g}", row.method)
+        (row.name, row.op, "×".join(map(str, row.shape)), short(row.upper), short(row.cumulative), row.method)
         for row in layers
     ]
     widths = [min(48, max(len(line[k]) for line in (header, *body))) for k in range(len(header))]
@@ -124,7 +136,7 @@ def table(layers: Sequence[LayerBound], upper: Bound, unbounded: Sequence[tuple[
         for line in (header, *body)
     ]
     lines += [f"no bound: {name} ({op}): {reason}" for name, op, reason in unbounded]
-    value = "no finite bound" if math.isinf(upper.value) else f"{upper.value:.10g}"
+    value = short(upper, 10) if upper.finite else "no finite bound"
     return "\n".join([*lines, f"Lipschitz constant (l2, image to outputs): at most {value}"])
 
 

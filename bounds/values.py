@@ -11,7 +11,6 @@ from lipcert.bounds.affine import AffineMap, add, identity
 from lipcert.bounds.core import Bound
 from lipcert.bounds.graph import Node
 from lipcert.bounds.layout import Layout
-from lipcert.bounds.rounding import sqrt_up
 
 ONE = Bound(1.0, "upper", "isometry")
 
@@ -203,5 +202,4 @@ def root(parts: Sequence[Bound]) -> Bound:
     """Return the root of the sum of the squares of bounds."""
     if len(parts) == 1:
         return parts[0]
-    squares = total([part * part for part in parts])
-    return replace(squares, value=sqrt_up(squares.value)) if squares.kind == "upper" else squares
+    return total([part * part for part in parts]).root()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 
     from lipcert.attacks.ascent import LowerBound
     from lipcert.bounds.audit import Audit
+    from lipcert.bounds.core import Bound
 
 _STARTS = 8  # images that the search begins from
 _LISTED = 4096  # numbers of an input that JSON spells out
@@ -151,7 +151,7 @@ def command(
         from lipcert.report.audit_page import build
 
         note(f"wrote {write_text(html_file, build(record))}")
-    _judge(record, result.upper.value, lower, require_finite)
+    _judge(record, result.upper, lower, require_finite)
     note(f"next: lipcert certify {model}" + ("" if resolved.run else " --data NAME"))
 
 
@@ -201,7 +201,7 @@ def _record(
     record["claim"] = None
     if claimed is not None:
         record["claim"] = {"claimed": claimed, "answer": _answer(claimed, result.upper.value, lower)}
-    record["features"] = None if result.head is None else result.head.penultimate.value
+    record["features"] = None if result.head is None else result.head.penultimate.written
     if resolved.run is not None:
         record["estimate"] = _estimate(resolved.run / "metrics.csv")
         published: Any = getattr(resolved.model, "published_bound", None)  # networks that follow a paper have one
@@ -261,7 +261,7 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
         bracket = f"at least {_exact(record['lower'])}, at most {_exact(record['upper'])}"
         yield f"claim {claim['claimed']!r}: {claim['answer']} ({bracket})"
     if record.get("estimate") is not None:
-        proved = "none" if record["features"] is None else f"{record['features']:.6g}"
+        proved = "none" if record["features"] is None else wording.upper(record["features"], 6)
         yield f"features before the head: estimate while training {record['estimate']:.6g}, proved bound {proved}"
     if "published" in record:
         yield f"published formula: {record['published']['value']:.6g} ({record['published']['formula']})"
@@ -276,14 +276,14 @@ def _exact(value: float | str | None) -> str:
     return "what was not searched for" if value is None else str(value)
 
 
-def _judge(record: dict[str, Any], upper: float, lower: LowerBound | None, require_finite: bool) -> None:
-    if lower is not None and lower.value > upper:
-        raise Finding(f"the lower bound {lower.value!r} is above the upper bound {upper!r}; please report this")
+def _judge(record: dict[str, Any], upper: Bound, lower: LowerBound | None, require_finite: bool) -> None:
+    if lower is not None and lower.value > upper.value:
+        raise Finding(f"the lower bound {lower.value!r} is above the upper bound {upper.value!r}; please report this")
     claim = record["claim"]
     if lower is not None and claim is not None and claim["answer"] == "refuted":
         where = record["lower_witness"].get("file")
         pair = f"the pair of inputs in {where}" if where else "a pair of inputs (keep it with -o FILE)"
         how = "" if lower.proved else ", less 1e-12 of the outputs for rounding, which is not proved"
         raise Finding(f"the claimed constant {claim['claimed']!r} is refuted: {pair} attains {lower.value!r}{how}")
-    if require_finite and math.isinf(upper):
+    if require_finite and not upper.finite:
         raise Finding("there is no finite bound; the table names the operators that have none")

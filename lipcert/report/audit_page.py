@@ -57,9 +57,7 @@ def _inline(figure: Figure) -> Markup:
 
 
 def _frame(record: Mapping[str, Any]) -> pandas.DataFrame:
-    numbers = ("upper", "lower", "cumulative")
-    layers = [{**row, **{key: number(row.get(key)) for key in numbers}} for row in record["layers"]]
-    return tables.layers(Run(path=Path(), label="", bound={"layers": layers}))
+    return tables.layers(Run(path=Path(), label="", bound={"layers": record["layers"]}))
 
 
 def _part(part: float | None) -> str:
@@ -69,8 +67,8 @@ def _part(part: float | None) -> str:
 def _summary(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return (what, value, note) of the bracket, the claim and the time."""
     upper, lower = number(record["upper"]), number(record.get("lower"))
-    exact = repr(upper) if math.isfinite(upper) else "no finite bound is known; the reasons are below"
-    rows = [("Proved: the constant is at most", wording.upper(upper), exact)]
+    exact = "no finite bound is known; the reasons are below" if record["upper"] == "inf" else str(record["upper"])
+    rows = [("Proved: the constant is at most", wording.upper(record["upper"]), exact)]
     if not math.isnan(lower):
         how = "rounding of the outputs proved" if record.get("lower_proved") else "rounding allowed for, not proved"
         rows.append(("Attained: it is at least", wording.lower(lower), f"by two inputs; {how}"))

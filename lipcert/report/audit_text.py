@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lipcert.report import wording
 from lipcert.report.advice import advice
-from lipcert.report.shares import number, shares
+from lipcert.report.shares import shares
 
 _WIDEST = 44
 _TITLES = ("layer", "operators", "shape", "bound", "log10", "share", "up to here", "method")
@@ -28,15 +27,14 @@ def lines(record: Mapping[str, Any]) -> Iterator[str]:
         part = "no bound" if entry.part is None else f"{100 * entry.part:.0f} % of the growth"
         more = f" and {entry.layers - len(entry.names)} more" if entry.layers > len(entry.names) else ""
         yield f"{part}: {entry.counterpart.title} ({', '.join(entry.names)}{more}). Use {entry.counterpart.instead}"
-    value = number(record["upper"])
-    proved = "no finite bound" if math.isinf(value) else wording.upper(value, 8)
+    proved = "no finite bound" if record["upper"] == "inf" else wording.upper(record["upper"], 8)
     yield f"Lipschitz constant (l2, image to outputs): at most {proved}"
 
 
 def _row(row: Mapping[str, Any], share: Any) -> tuple[str, ...]:
     log = "" if share.log10 is None else f"{share.log10:+.3f}"
     part = "" if share.part is None else f"{100 * share.part:.1f} %"
-    upper, cumulative = (wording.upper(number(row[key]), 6) for key in ("upper", "cumulative"))
+    upper, cumulative = (wording.upper(row[key], 6) for key in ("upper", "cumulative"))
     shape = "×".join(map(str, row["shape"]))
     return (row["name"], row["op"], shape, upper, log, part, cumulative, row["method"])
 

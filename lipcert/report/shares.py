@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
-_SAME = 1e-9  # rounding outward moves a bound by far less
+_SAME = 1e-9  # of a logarithm; rounding outward moves a bound by far less
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,22 @@ class Share:
 def number(value: Any) -> float:
     """Read a number of bound.json: infinity is the string "inf", what is not there is NaN.
 
+    Bounds above the largest float are texts such as "1.04e+712", whose float is ∞; `magnitude` tells them apart.
+
     >>> number("inf"), number(2)
     (inf, 2.0)
     """
     return math.nan if value is None else float(value)
+
+
+def magnitude(value: Any) -> float:
+    """Return log10 of a number of bound.json: ∞ only without a bound, -∞ for 0, NaN for what is not there.
+
+    >>> magnitude("1e+712"), magnitude(100.0), magnitude("inf")
+    (712.0, 2.0, inf)
+    """
+    exact = Decimal("NaN" if value is None else value)
+    return math.nan if exact.is_nan() else float(exact.log10())
 
 
 def shares(layers: Sequence[Mapping[str, Any]]) -> list[Share]:
@@ -43,7 +56,8 @@ def shares(layers: Sequence[Mapping[str, Any]]) -> list[Share]:
     [1.0, 0.0]
     """
     on_path = path(layers)
-    logs = [_log10(number(row["upper"])) for row in layers]
+    sizes = [magnitude(row.get("upper")) for row in layers]
+    logs = [size if math.isfinite(size) else None for size in sizes]
     growth = math.fsum(logs[i] or 0.0 for i in on_path if (logs[i] or 0.0) > 0.0)
     parts = {i: (logs[i] or 0.0) / growth for i in on_path} if growth > 0.0 else {}
     return [Share(log, parts.get(i)) for i, log in enumerate(logs)]
@@ -52,20 +66,16 @@ def shares(layers: Sequence[Mapping[str, Any]]) -> list[Share]:
 def path(layers: Sequence[Mapping[str, Any]]) -> list[int]:
     """Return the rows that the bound of the last one is the product of, first to last; none if that is infinite."""
     found: list[int] = []
-    wanted, end = (number(layers[-1]["cumulative"]), len(layers)) if layers else (math.nan, 0)
-    while 0.0 < wanted < math.inf:
-        index = next((i for i in reversed(range(end)) if _same(number(layers[i]["cumulative"]), wanted)), None)
+    wanted, end = (magnitude(layers[-1].get("cumulative")), len(layers)) if layers else (math.nan, 0)
+    while math.isfinite(wanted):
+        index = next((i for i in reversed(range(end)) if _same(magnitude(layers[i].get("cumulative")), wanted)), None)
         if index is None:
             break
         found.append(index)
-        factor = number(layers[index]["upper"])
-        wanted, end = (wanted / factor if factor > 0.0 else math.nan), index
+        wanted, end = wanted - magnitude(layers[index].get("upper")), index
     return found[::-1]
 
 
 def _same(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=_SAME)
-
-
-def _log10(value: float) -> float | None:
-    return math.log10(value) if 0.0 < value < math.inf else None
+    """Return whether two logarithms are those of one number; a difference of 1e-9 in it is rounding."""
+    return abs(a - b) <= _SAME * max(1.0, abs(a) * 1e-3)

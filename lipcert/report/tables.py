@@ -12,7 +12,7 @@ import pandas
 from lipcert.report import accuracy, wording
 from lipcert.report.consistency import summary_agrees
 from lipcert.report.read import Run
-from lipcert.report.shares import shares
+from lipcert.report.shares import magnitude, shares
 
 _DEFAULT_RADII = ("0.0000", "0.1412", "0.2824", "0.4235", "1.0000")
 
@@ -139,7 +139,8 @@ def proved_features(run: Run) -> float | None:
 def layers(run: Run) -> pandas.DataFrame:
     """Return the rows of bound.json in the order of execution.
 
-    `share` is a layer's part of the growth along the path that decides the bound, NaN off it; see `shares`.
+    `share` is a layer's part of the growth along the path that decides the bound, NaN off it; see `shares`. `log10` and
+    `height` are the logarithms of `upper` and `cumulative`, which are ∞ above the largest float.
     """
     columns = ["name", "op", "shape", "upper", "lower", "method", "cumulative", "note"]
     frame = pandas.DataFrame(run.bound.get("layers", []), columns=columns)
@@ -148,8 +149,8 @@ def layers(run: Run) -> pandas.DataFrame:
     frame["shape"] = ["×".join(map(str, shape)) if isinstance(shape, list) else str(shape or "") for shape in shapes]
     for name in ("name", "op", "method", "note"):
         frame[name] = ["" if value is None or value != value else str(value) for value in frame[name]]
-    numbers = zip(frame["upper"].tolist(), frame["cumulative"].tolist(), strict=True)
-    found = shares([{"upper": upper, "cumulative": cumulative} for upper, cumulative in numbers])
+    found = shares(run.bound.get("layers", []))
+    frame["height"] = [magnitude(row.get("cumulative")) for row in run.bound.get("layers", [])]
     frame["log10"] = [math.nan if share.log10 is None else share.log10 for share in found]
     frame["share"] = [math.nan if share.part is None else share.part for share in found]
     frame.insert(0, "run", run.label)

@@ -107,11 +107,11 @@ def layers(frame: pandas.DataFrame) -> View:
         ("Layer", lambda row: Cell(row["name"] or wording.MISSING, row["name"], "name")),
         ("Operator", lambda row: Cell(row["op"] or wording.MISSING, row["op"], "op")),
         ("Shape", _text("shape")),
-        ("Bound", _number("upper", wording.upper)),
+        ("Bound", _bound("upper", "log10")),
         ("log\N{SUBSCRIPT ONE}\N{SUBSCRIPT ZERO}", _logarithm),
         ("Attained", _number("lower", wording.lower)),
         ("Share of growth", share),
-        ("Up to here", _number("cumulative", wording.upper)),
+        ("Up to here", _bound("cumulative", "height")),
         ("Method", _text("method")),
         ("Note", lambda row: Cell(row["note"], row["note"], "note")),
     ]
@@ -149,6 +149,19 @@ def _number(key: str, write: Callable[[float | None], str]) -> Callable[[Row], C
         if value is None or math.isnan(value):
             return Cell(wording.MISSING, css="number")
         return Cell(write(value), float(value), "number", f"{value:.17g}")
+
+    return cell
+
+
+def _bound(key: str, log: str) -> Callable[[Row], Cell]:
+    """Write an upper bound, one above the largest float by its logarithm."""
+
+    def cell(row: Row) -> Cell:
+        value, size = row[key], row[log]
+        if value == math.inf and size is not None and math.isfinite(size):
+            power = f"10^{math.ceil(10 * size) / 10:.1f}"
+            return Cell(power, size, "number", power)
+        return _number(key, wording.upper)(row)
 
     return cell
 

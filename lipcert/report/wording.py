@@ -12,32 +12,34 @@ MISSING = "–"
 _SLACK = 1e-9
 
 
-def significant(value: float | None, digits: int = 4, rounding: str = ROUND_HALF_EVEN) -> str:
+def significant(value: float | Decimal | None, digits: int = 4, rounding: str = ROUND_HALF_EVEN) -> str:
     """Write a number with `digits` significant digits, in plain notation unless it is very large or small.
 
     >>> significant(12.3456), significant(1.23456e9), significant(float("inf"))
     ('12.35', '1.235e+9', '∞')
     """
-    if value is None or math.isnan(value):
+    exact = Decimal("NaN") if value is None else Decimal(value)
+    if exact.is_nan():
         return MISSING
-    if math.isinf(value):
-        return "∞" if value > 0 else "−∞"
-    if value == 0:
+    if exact.is_infinite():
+        return "∞" if exact > 0 else "−∞"
+    if exact == 0:
         return "0"
-    exact = Decimal(value)
     rounded = exact.quantize(Decimal(1).scaleb(exact.adjusted() - digits + 1), rounding)
     rounded = rounded.quantize(Decimal(1).scaleb(rounded.adjusted() - digits + 1))  # 0.99996 became 1.0000
     plain = -4 <= rounded.adjusted() < 6
-    return format(rounded, "f" if plain else f".{digits - 1}e").replace("-", "−", 1 if value < 0 else 0)
+    return format(rounded, "f" if plain else f".{digits - 1}e").replace("-", "−", 1 if exact < 0 else 0)
 
 
-def upper(value: float | None, digits: int = 4) -> str:
-    """Write an upper bound, rounded up.
+def upper(value: float | str | None, digits: int = 4) -> str:
+    """Write an upper bound, rounded up; it may be the text of a number above the largest float.
 
-    >>> upper(26.690001), upper(1.0000000000000002)
-    ('26.70', '1.000')
+    >>> upper(26.690001), upper(1.0000000000000002), upper("2.00001e+400")
+    ('26.70', '1.000', '2.001e+400')
     """
-    return significant(None if value is None else value * (1 - _SLACK), digits, ROUND_CEILING)
+    if isinstance(value, str) and value != "inf":  # above the largest float
+        return significant(Decimal(value), digits, ROUND_CEILING)
+    return significant(None if value is None else float(value) * (1 - _SLACK), digits, ROUND_CEILING)
 
 
 def lower(value: float | None, digits: int = 4) -> str:

@@ -2,6 +2,7 @@
 
 import doctest
 import math
+from decimal import Decimal
 from fractions import Fraction
 
 import pytest
@@ -90,3 +91,39 @@ def test_unknown_operators_are_listed_together_with_a_near_name():
 
 def test_examples():
     assert doctest.testmod(lipcert.bounds.core).failed == 0
+
+
+@given(st.lists(st.floats(1e-300, 1e300), min_size=2, max_size=6), st.sampled_from("*+/"))
+def test_arithmetic_beyond_the_largest_float_is_an_upper_bound(factors: list[float], last: str) -> None:
+    """Products of many factors, one more operation and the root: at least the exact value, and not much more."""
+    bound, exact = Bound(1.0, "upper", ""), Fraction(1)
+    for factor in factors[:-1]:
+        bound, exact = bound * Bound(factor, "upper", ""), exact * Fraction(factor)
+    end, other = Bound(factors[-1], "upper", ""), Fraction(factors[-1])
+    if last == "*":
+        bound, exact = bound * end, exact * other
+    elif last == "+":
+        bound, exact = bound + end, exact + other
+    else:
+        bound, exact = bound / end, exact / other
+    assert bound.finite and (bound.beyond is None) == math.isfinite(bound.value)
+    found = Fraction(Decimal(bound.written))
+    assert exact <= found
+    assert found <= exact * (1 + Fraction(1, 2**45)) + Fraction(1, 2**1000)
+    square = Fraction(Decimal(bound.root().written)) ** 2
+    assert found * (1 - Fraction(1, 10**14)) <= square <= found * (1 + Fraction(1, 2**45)) + Fraction(1, 2**1000)
+
+
+def test_bounds_beyond_the_largest_float_compare_and_come_back() -> None:
+    huge = Bound(1e200, "upper", "")
+    one, two = huge * huge, huge * huge * huge
+    none = Bound(math.inf, "upper", "")
+    assert one.value == two.value == math.inf
+    assert Bound(3.0, "upper", "").order < one.order < two.order < none.order
+    assert not none.finite and not (none * one).finite and not (none + one).finite
+    back = two * Bound(1e-300, "upper", "") * Bound(1e-299, "upper", "")
+    assert 10.0 < back.value < 10.0 * (1 + 1e-14) and back.beyond is None
+    assert (one * Bound(0.0, "upper", "")).value == 0.0
+    assert (one * Bound(2.0, "estimate", "")).beyond is None
+    lower = Bound(1e200, "lower", "") * Bound(1e200, "lower", "")
+    assert lower.value < math.inf  # ∞ would claim too much
