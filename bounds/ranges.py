@@ -217,8 +217,8 @@ def total(a: Range, b: Range, factor: float = 1.0) -> Range:
     """Return the range of a + factor·b, broadcast."""
     one, two = (b.low * factor, b.high * factor) if factor >= 0 else (b.high * factor, b.low * factor)
     low, high = a.low + one, a.high + two
-    slack = (torch.maximum(a.low.abs(), a.high.abs()) + torch.maximum(one.abs(), two.abs())) * 2.0**-51
-    return Range(low - slack - 2.0**-1000, high + slack + 2.0**-1000)
+    below, above = (a.low.abs() + one.abs()) * 2.0**-51, (a.high.abs() + two.abs()) * 2.0**-51
+    return Range(low - below - 2.0**-1000, high + above + 2.0**-1000)
 
 
 def affine(x: Range, matrix: Tensor, offset: Tensor | None, dim: int) -> Range:

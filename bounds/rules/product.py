@@ -173,16 +173,35 @@ def _divided(node: Node, ranges: Ranges) -> Range:
 
 @ranged("aten.mm.default", "aten.matmul.default", "aten.bmm.default")
 def _matrix_product(node: Node, ranges: Ranges) -> Range:
-    """Bound |Σ_k a_k b_k| ≤ Σ_k |a_k||b_k|."""
+    """Bound |Σ_k a_k b_k| ≤ Σ_k |a_k||b_k|, and where one factor has no negative entry, the sum from both sides."""
     second = "mat2" if "mat2" in node.arguments else "other"
-    sides: list[Tensor] = []
+    sides: list[Range] = []
     for argument in ("self", second):
-        magnitude = ranges.of(node, argument).magnitude
-        sides.append(magnitude.expand(ranges.shape(node[argument])))
-    if not all(bool(torch.isfinite(side).all()) for side in sides) or sides[0].ndim < 2 or sides[1].ndim < 2:
+        side, shape = ranges.of(node, argument), ranges.shape(node[argument])
+        sides.append(Range(side.low.expand(shape), side.high.expand(shape)))
+    a, b = sides
+    if not (a.finite and b.finite) or a.low.ndim < 2 or b.low.ndim < 2:
         return ranges.unknown(node)
-    size = (sides[0] @ sides[1]) * (1.0 + 2.0**-50 * (sides[0].shape[-1] + 4)) + 2.0**-1000
+    size = (a.magnitude @ b.magnitude) * (1.0 + 2.0**-50 * (a.low.shape[-1] + 4)) + 2.0**-1000
+    if bool((b.low >= 0.0).all()):
+        low, high = _one_sided(Range(b.low.mT, b.high.mT), Range(a.low.mT, a.high.mT), size.mT)
+        return Range(low.mT, high.mT)
+    if bool((a.low >= 0.0).all()):
+        return Range(*_one_sided(a, b, size))
     return Range(-size, size)
+
+
+def _one_sided(a: Range, b: Range, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the ends of a @ b for a ≥ 0 whose sums of absolute values are at most `size`.
+
+    a_k b_k ≥ a_k b̲_k, at its least for the smallest a_k where b̲_k ≥ 0 and for the largest where it is negative; the
+    sums err by γ_n times `size`. Where neither factor is negative, nor is the sum.
+    """
+    slack = size * (2.0**-50 * (a.low.shape[-1] + 4)) + 2.0**-1000
+    low = a.low @ b.low.clamp_min(0.0) + a.high @ b.low.clamp_max(0.0) - slack
+    high = a.high @ b.high.clamp_min(0.0) + a.low @ b.high.clamp_max(0.0) + slack
+    never = (b.low >= 0.0).all(-2, keepdim=True)
+    return torch.where(never, low.clamp_min(0.0), low), high
 
 
 def _shaped(node: Node, found: Range) -> Range:

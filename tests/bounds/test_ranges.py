@@ -56,6 +56,12 @@ def norm(*shape):
     return layer
 
 
+def _linear_attention(q, k, v):
+    """Kernel attention with ReLU features, its denominator computed as one more column of v."""
+    summed = q @ (k.mT @ F.pad(v, (0, 1), value=1.0))
+    return summed[..., :-1] / (summed[..., -1:] + 1.0)
+
+
 SHAPE = (4, 6, 6)
 MODELS = {
     "conv": (lambda m, x: m.a(x), lambda: dict(a=nn.Conv2d(4, 6, 3, padding=1, groups=2))),
@@ -66,6 +72,14 @@ MODELS = {
     "layer norm": (lambda m, x: m.a(x), lambda: dict(a=nn.LayerNorm(6))),
     "group norm": (lambda m, x: m.a(x), lambda: dict(a=nn.GroupNorm(2, 4))),
     "linear": (lambda m, x: m.a(x) - m.b(x), lambda: dict(a=nn.Linear(6, 3), b=nn.Linear(6, 3, bias=False))),
+    "product of one sign": (
+        lambda m, x: m.a(x).relu() @ m.b(x) - m.b(x) @ m.a(x).relu() + m.a(x).relu() @ m.b(x).relu(),
+        lambda: dict(a=nn.Linear(6, 6), b=nn.Linear(6, 6)),
+    ),
+    "linear attention": (
+        lambda m, x: _linear_attention(m.a(x).relu(), m.b(x).relu(), m.a(x)),
+        lambda: dict(a=nn.Linear(6, 6), b=nn.Linear(6, 6)),
+    ),
     "entrywise": (
         lambda m, x: F.gelu(x) + F.silu(x) * F.mish(-x) - F.hardswish(3 * x) + F.softplus(x) + F.elu(x) + x.sin(),
         dict,
