@@ -18,6 +18,7 @@ from lipcert.bounds.core import Bound, BoundError
 from lipcert.bounds.graph import Graph, Ref
 from lipcert.bounds.matrix import scaled
 from lipcert.bounds.patterns import lift
+from lipcert.bounds.positions import Positions
 from lipcert.bounds.program import Program
 from lipcert.bounds.propagation import Context, propagate
 from lipcert.bounds.replay import replay
@@ -71,6 +72,7 @@ class Audit:
     program: Program = field(repr=False)
     seconds: float
     outputs: int
+    position: Bound | None = None  # of dimension 1 at any one position, where the output is a map
 
     def pairwise(self) -> Tensor:
         """Return upper bounds of the Lipschitz constants of z_i - z_j (K, K); √2·L off the diagonal without a head."""
@@ -86,6 +88,7 @@ class Audit:
             "input": {"shape": list(self.input_shape), "domain": [_finite(end) for end in self.domain]},
             "norm": "l2",
             "upper": self.upper.written,
+            "position": None if self.position is None else self.position.written,
             "lower": None,
             "lower_witness": None,
             "seconds": round(self.seconds, 3),
@@ -100,7 +103,7 @@ class Audit:
         }  # fmt: skip
 
     def __str__(self) -> str:
-        return table(self.layers, self.upper, self.unbounded)
+        return table(self.layers, self.upper, self.unbounded, self.position)
 
 
 def audit(
@@ -134,11 +137,13 @@ def audit(
     with torch.no_grad():
         graph = lift(trace(model, shape))
         last = _last_linear(graph)
-        keep = {graph.output} | ({last[0]} if last else set())
+        positions = Positions(graph)
+        keep = {graph.output} | ({last[0]} if last else set()) | positions.needed
         context, kept = propagate(graph, method, keep, (low, high), tightness)
         output = kept[graph.output]
         segment = _last_segment(context, output) if last else None
         upper = context.bound(output)
+        position = positions.bound(context, kept)
         head = None
         if last is not None:
             head = Head(context.bound(kept[last[0]]), last[1], upper, *(segment or ()))
@@ -154,7 +159,8 @@ def audit(
         replay(model, program, shape, (low, high))
     outputs = math.prod(output.shape)
     seconds = time.perf_counter() - start
-    return Audit(upper, layers, unbounded, graph.weights_sha256(), shape, (low, high), head, program, seconds, outputs)
+    sha256 = graph.weights_sha256()
+    return Audit(upper, layers, unbounded, sha256, shape, (low, high), head, program, seconds, outputs, position)
 
 
 def _last_linear(graph: Graph) -> tuple[str, Tensor] | None:

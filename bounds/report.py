@@ -123,8 +123,10 @@ def _short(node: Node) -> str:
     return node.op.split(".")[1] if "." in node.op else node.op
 
 
-def table(layers: Sequence[LayerBound], upper: Bound, unbounded: Sequence[tuple[str, str, str]]) -> str:
-    """Return the rows as text, the network bound in the last line."""
+def table(
+    layers: Sequence[LayerBound], upper: Bound, unbounded: Sequence[tuple[str, str, str]], position: Bound | None = None
+) -> str:
+    """Return the rows as text, the network bound in the last line, and after it that of one position of a map."""
     header = ("layer", "operators", "shape", "upper", "cumulative", "method")
     body = [
         (row.name, row.op, "×".join(map(str, row.shape)), short(row.upper), short(row.cumulative), row.method)
@@ -137,7 +139,10 @@ def table(layers: Sequence[LayerBound], upper: Bound, unbounded: Sequence[tuple[
     ]
     lines += [f"no bound: {name} ({op}): {reason}" for name, op, reason in unbounded]
     value = short(upper, 10) if upper.finite else "no finite bound"
-    return "\n".join([*lines, f"Lipschitz constant (l2, image to outputs): at most {value}"])
+    lines.append(f"Lipschitz constant (l2, image to outputs): at most {value}")
+    if position is not None and position.finite:
+        lines.append(f"of the outputs at one position: at most {short(position, 10)}")
+    return "\n".join(lines)
 
 
 def _fit(cell: str, width: int) -> str:

@@ -62,7 +62,7 @@ def view(node: Node, context: Context) -> Value:
 def permute(node: Node, context: Context) -> Value:
     """Permute the dimensions: an isometry."""
     x = context.data(node, "self")
-    order = _order(node, len(x.shape))
+    order = permutation(node, len(x.shape))
     return isometry(node, context, x, lambda given: replace(given, layout=given.layout.permute(order)))
 
 
@@ -313,7 +313,7 @@ def _merged(node: Node, context: Context, x: Value) -> tuple[int, int]:
 _SWAPPED = {"transpose": ("dim0", "dim1"), "swapdims": ("dim0", "dim1"), "swapaxes": ("axis0", "axis1")}
 
 
-def _order(node: Node, rank: int) -> list[int]:
+def permutation(node: Node, rank: int) -> list[int]:
     kind = node.op.split(".")[1]
     order = list(range(rank))
     if kind == "permute":

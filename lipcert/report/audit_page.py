@@ -69,6 +69,8 @@ def _summary(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     upper, lower = number(record["upper"]), number(record.get("lower"))
     exact = "no finite bound is known; the reasons are below" if record["upper"] == "inf" else str(record["upper"])
     rows = [("Proved: the constant is at most", wording.upper(record["upper"]), exact)]
+    if record.get("position") not in (None, "inf"):
+        rows.append(("At one position: at most", wording.upper(record["position"]), str(record["position"])))
     if not math.isnan(lower):
         how = "rounding of the outputs proved" if record.get("lower_proved") else "rounding allowed for, not proved"
         rows.append(("Attained: it is at least", wording.lower(lower), f"by two inputs; {how}"))

@@ -29,6 +29,8 @@ def lines(record: Mapping[str, Any]) -> Iterator[str]:
         yield f"{part}: {entry.counterpart.title} ({', '.join(entry.names)}{more}). Use {entry.counterpart.instead}"
     proved = "no finite bound" if record["upper"] == "inf" else wording.upper(record["upper"], 8)
     yield f"Lipschitz constant (l2, image to outputs): at most {proved}"
+    if record.get("position") not in (None, "inf"):
+        yield f"of the outputs at one position: at most {wording.upper(record['position'], 8)}"
 
 
 def _row(row: Mapping[str, Any], share: Any) -> tuple[str, ...]:

@@ -198,3 +198,15 @@ def test_the_figure_draws_the_deciding_rows_and_the_others_apart() -> None:
     labels = [str(line.get_label()) for line in figure.axes[0].get_lines()]
     assert "first row without a finite bound" in labels and "claimed" in labels
     assert audit_figure.through_depth(BRANCHES[:1], 0.5, 1.0) is None
+
+
+def test_bounds_above_the_largest_float_are_numbers_and_not_missing_bounds() -> None:
+    layers = [row("a", "mul", "1.0e+400", "1.0e+400"), row("b", "mul", 100.0, "1.0e+402")]
+    huge = record(layers, position="2.00001e+401")
+    assert path(layers) == [0, 1] and sum(share.part or 0 for share in shares(layers)) == pytest.approx(1.0)
+    text = "\n".join(audit_text.lines(huge))
+    assert "at most 1.0000000e+402" in text and "one position: at most 2.0000100e+401" in text
+    assert "no finite bound" not in text and "∞" not in text
+    page = audit_page.build(huge)
+    assert "10^400.0" in page and "10^402.0" in page and "2.001e+401" in page
+    assert "∞" not in page and "no finite bound is known" not in page
