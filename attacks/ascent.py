@@ -46,7 +46,7 @@ def lipschitz_lower(
     input_shape: tuple[int, ...],
     starts: Tensor | None = None,
     steps: int = 100,
-    domain: tuple[float, float] = (0.0, 1.0),
+    domain: tuple[float | Tensor, float | Tensor] = (0.0, 1.0),
     seed: int = 0,
     *,
     evaluate: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
@@ -57,7 +57,7 @@ def lipschitz_lower(
         model: Maps (n, *input_shape) to (n, ...), each row on its own; a float64 copy in eval mode is used.
         starts: Centres to start from, (n, *input_shape), for example images; default: the middle of the box and
             random points.
-        domain: The box [low, high] in which both inputs lie.
+        domain: The box [low, high] in which both inputs lie; two numbers, or two tensors of the shape of an input.
         evaluate: Maps inputs (n, *input_shape) in float64 to outputs (n, ...) and l2 bounds (n,) of their rounding
             errors. With it the value is proved in real arithmetic; without it, 1e-12 of the outputs is allowed for.
             The same where its errors are infinite, or so large that not half of the quotient is left.
@@ -68,13 +68,14 @@ def lipschitz_lower(
     >>> bound.x.shape
     torch.Size([2])
     """
-    low, high = domain
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+    low, high = (_end(end, input_shape) for end in domain)
+    if not bool((low.isfinite() & high.isfinite() & (low < high)).all()):
         raise ValueError(f"the domain must be two finite numbers, the smaller one first; got {domain}")
     network = copy.deepcopy(model).double().eval().requires_grad_(False)
     random = torch.Generator().manual_seed(seed)
-    centres = _centres(starts, input_shape, domain, random)
+    centres = _centres(starts, input_shape, low, high, random)
     device = next((tensor.device for tensor in (*network.parameters(), *network.buffers())), torch.device("cpu"))
+    low, high = low.to(device), high.to(device)
 
     def outputs(points: Tensor) -> Tensor:  # (n, d), d the size of the input -> (n, m)
         return network(points.reshape(-1, *input_shape)).flatten(1)
@@ -87,7 +88,7 @@ def lipschitz_lower(
         for _ in range(steps):
             pairs.improve()
         best = int(pairs.quotient.argmax())
-        finished = _lanczos(outputs, pairs.centre[best], pairs.direction[best], steps, (high - low) * 1e-5)
+        finished = _lanczos(outputs, pairs.centre[best], pairs.direction[best], steps, float((high - low).min()) * 1e-5)
     final = torch.tensor(_FINAL_LENGTHS, dtype=torch.float64, device=device)[:, None]
     ends = [
         _ends(pairs.centre, pairs.direction, lengths, low, high),
@@ -111,8 +112,8 @@ class _Pairs:
     def __init__(
         self,
         outputs: Callable[[Tensor], Tensor],
-        low: float,
-        high: float,
+        low: Tensor,  # (1, d)
+        high: Tensor,
         centre: Tensor,  # (n, d)
         direction: Tensor,  # (n, d), unit rows
         length: Tensor,  # (n, 1)
@@ -127,7 +128,7 @@ class _Pairs:
 
     def improve(self) -> None:
         """Take one step with every pair."""
-        reach = 0.1 * (self.high - self.low) * math.sqrt(self.centre.shape[1])
+        reach = 0.1 * (self.high - self.low).norm()
         centre = self.centre + self.step * reach * self.uphill
         direction = _unit(self.direction + self.step * (self.next_direction - self.direction))
         quotient, next_direction, uphill = self._look(centre, direction)
@@ -156,26 +157,30 @@ class _Pairs:
         return quotient.nan_to_num(-math.inf, -math.inf, -math.inf), following, _unit(at_x + at_y)
 
 
+def _end(end: float | Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return one end of the box as (1, d)."""
+    return torch.as_tensor(end, dtype=torch.float64).cpu().expand(shape).reshape(1, -1)
+
+
 def _centres(
-    starts: Tensor | None, shape: tuple[int, ...], domain: tuple[float, float], random: torch.Generator
+    starts: Tensor | None, shape: tuple[int, ...], low: Tensor, high: Tensor, random: torch.Generator
 ) -> Tensor:
     """Return the centres to start from, (n, d)."""
-    low, high = domain
-    size = math.prod(shape)
     if starts is None:
-        anywhere = low + (high - low) * torch.rand(_RANDOM_STARTS, size, generator=random, dtype=torch.float64)
-        return torch.cat([torch.full((1, size), (low + high) / 2, dtype=torch.float64), anywhere])
+        unit = torch.rand(_RANDOM_STARTS, math.prod(shape), generator=random, dtype=torch.float64)
+        return torch.cat([(low + high) / 2, low + (high - low) * unit])
     if starts.ndim == 0 or tuple(starts.shape[1:]) != tuple(shape) or len(starts) == 0:
         raise ValueError(f"starts must have the shape (n, {', '.join(map(str, shape))}); got {tuple(starts.shape)}")
     points = starts.detach().cpu().double().flatten(1)
     if not ((points >= low) & (points <= high)).all():
-        raise ValueError(f"the starts must lie in the domain [{low}, {high}]")
+        raise ValueError(f"the starts must lie in the domain [{float(low.min())}, {float(high.max())}]")
     return points
 
 
-def _ends(centre: Tensor, direction: Tensor, length: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+def _ends(centre: Tensor, direction: Tensor, length: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Return `c ± s·v`, the centre moved so that both ends lie in the box; `length` is s as a part of the largest s."""
-    half = length * (high - low) / 2 / direction.abs().amax(dim=-1, keepdim=True).clamp(min=1e-300) * direction
+    largest = 1.0 / (direction.abs() / (high - low)).amax(dim=-1, keepdim=True).clamp(min=1e-300)
+    half = length * largest / 2 * direction
     middle = torch.minimum(torch.maximum(centre, low + half.abs()), high - half.abs())
     return (middle + half).clamp(low, high), (middle - half).clamp(low, high)  # the clamp undoes rounding only
 

@@ -20,7 +20,7 @@ from lipcert.bounds.matrix import scaled
 from lipcert.bounds.patterns import lift
 from lipcert.bounds.positions import Positions
 from lipcert.bounds.program import Program
-from lipcert.bounds.propagation import Context, propagate
+from lipcert.bounds.propagation import Context, Domain, propagate
 from lipcert.bounds.replay import replay
 from lipcert.bounds.report import LayerBound, describe, rows, table
 from lipcert.bounds.rounding import enlarge, gamma, mul_up
@@ -67,12 +67,13 @@ class Audit:
     unbounded: tuple[tuple[str, str, str], ...]  # (name, op, reason)
     weights_sha256: str
     input_shape: tuple[int, ...]
-    domain: tuple[float, float]
+    domain: tuple[float, float]  # the least and the largest value of an input
     head: Head | None
     program: Program = field(repr=False)
     seconds: float
     outputs: int
     position: Bound | None = None  # of dimension 1 at any one position, where the output is a map
+    box: tuple[Tensor, Tensor] | None = field(default=None, repr=False)  # where it holds, if not in all of `domain`
 
     def pairwise(self) -> Tensor:
         """Return upper bounds of the Lipschitz constants of z_i - z_j (K, K); √2·L off the diagonal without a head."""
@@ -108,16 +109,16 @@ class Audit:
 
 def audit(
     model: nn.Module | torch.export.ExportedProgram, input_shape: Sequence[int],
-    domain: tuple[float, float] = (0.0, 1.0), tightness: str = "fast", method: str = "auto",
+    domain: Domain = (0.0, 1.0), tightness: str = "fast", method: str = "auto",
 ) -> Audit:  # fmt: skip
     """Bound the l2 Lipschitz constant of a model for inputs (n, *input_shape), with every rounding error counted.
 
     A module is copied, put into evaluation mode and into float64; an exported program is taken as it is. `domain` is
-    the interval that inputs lie in, `tightness` "fast" or "tight" (more work for chains of layers), `method` how norms
-    are bounded ("auto", "eigenvalue", "gram"). Raises BoundError for operators without a rule (all of them at once),
-    weights that are not finite, BatchNorm on batch statistics, operators that mix images, and a module that computes
-    something else than what it shows the exporter. Where no finite bound is known, `upper` is infinite and `unbounded`
-    says why.
+    the interval that inputs lie in, or a box of two tensors of the shape of an input; `tightness` "fast" or "tight"
+    (more work for chains of layers), `method` how norms are bounded ("auto", "eigenvalue", "gram"). Raises BoundError
+    for operators without a rule (all of them at once), weights that are not finite, BatchNorm on batch statistics,
+    operators that mix images, and a module that computes something else than what it shows the exporter. Where no
+    finite bound is known, `upper` is infinite and `unbounded` says why.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 1), nn.Sigmoid())
     >>> _ = nn.init.constant_(model[1].weight, 2.0)
@@ -131,15 +132,13 @@ def audit(
     shape = tuple(int(size) for size in input_shape)
     if not shape or min(shape) < 1:
         raise BoundError(f"input_shape is the shape of one input, such as (3, 32, 32), got {tuple(input_shape)}")
-    low, high = (float(end) for end in domain)
-    if not low <= high:
-        raise BoundError(f"domain is an interval (low, high), got {tuple(domain)}")
+    interval, box = _domain(domain, shape)
     with torch.no_grad():
         graph = lift(trace(model, shape))
         last = _last_linear(graph)
         positions = Positions(graph)
         keep = {graph.output} | ({last[0]} if last else set()) | positions.needed
-        context, kept = propagate(graph, method, keep, (low, high), tightness)
+        context, kept = propagate(graph, method, keep, box or interval, tightness)
         output = kept[graph.output]
         segment = _last_segment(context, output) if last else None
         upper = context.bound(output)
@@ -156,11 +155,25 @@ def audit(
     )
     program = Program(graph, context.steps, context.derivations, context.merged)
     if isinstance(model, nn.Module):
-        replay(model, program, shape, (low, high))
+        replay(model, program, shape, box or interval)
     outputs = math.prod(output.shape)
     seconds = time.perf_counter() - start
     sha256 = graph.weights_sha256()
-    return Audit(upper, layers, unbounded, sha256, shape, (low, high), head, program, seconds, outputs, position)
+    return Audit(
+        upper, layers, unbounded, sha256, shape, interval, head, program, seconds, outputs, position, box
+    )  # fmt: skip
+
+
+def _domain(domain: Domain, shape: tuple[int, ...]) -> tuple[tuple[float, float], tuple[Tensor, Tensor] | None]:
+    """Return the interval that a domain lies in, and its box if it is one."""
+    ends = [torch.as_tensor(end, dtype=torch.float64) for end in domain]
+    if len(ends) != 2 or not all(end.ndim == 0 or tuple(end.shape) == shape for end in ends):
+        raise BoundError("domain is an interval (low, high), or a box of two tensors of the shape of one input")
+    if not bool((ends[0] <= ends[1]).all()):  # also for NaN
+        given = f", got {tuple(domain)}" if ends[0].ndim == ends[1].ndim == 0 else ""
+        raise BoundError(f"domain is an interval (low, high) with low ≤ high{given}")
+    interval = float(ends[0].min()), float(ends[1].max())
+    return interval, None if all(end.ndim == 0 for end in ends) else (ends[0].expand(shape), ends[1].expand(shape))
 
 
 def _last_linear(graph: Graph) -> tuple[str, Tensor] | None:

@@ -50,6 +50,7 @@ from lipcert.bounds.values import (
     total,
 )
 
+Domain = tuple[float | Tensor, float | Tensor]  # a box: two numbers, or two tensors of the shape of one input
 ONCE = Rounding(output=1)
 KEPT = 4  # representations per value: the earliest two anchors and the latest two
 
@@ -57,7 +58,7 @@ KEPT = 4  # representations per value: the earliest two anchors and the latest t
 class Context:
     """Hold the state of one walk: live values by name, and what is known of all nodes by index."""
 
-    def __init__(self, graph: Graph, method: str, domain: tuple[float, float], segments: Segments) -> None:
+    def __init__(self, graph: Graph, method: str, domain: Domain, segments: Segments) -> None:
         self.graph, self.method, self.segments = graph, method, segments
         self.ranges = Ranges(graph, domain)
         self.nodes = graph.nodes
@@ -376,7 +377,7 @@ class Context:
 
 
 def propagate(
-    graph: Graph, method: str = "auto", keep: Iterable[str] = (), domain: tuple[float, float] = (-math.inf, math.inf),
+    graph: Graph, method: str = "auto", keep: Iterable[str] = (), domain: Domain = (-math.inf, math.inf),
     tightness: str = "fast",
 ) -> tuple[Context, dict[str, Value]]:
     """Run every node's rule and return the context and the values named in `keep`, not yet bounded.

@@ -89,11 +89,12 @@ class Ranges:
     (0.5, 0.731059)
     """
 
-    def __init__(self, graph: Graph, domain: tuple[float, float]) -> None:
+    def __init__(self, graph: Graph, domain: tuple[float | Tensor, float | Tensor]) -> None:
         self.nodes: Mapping[str, Node] = {node.name: node for node in graph.nodes}
         self.device = next(iter(graph.weights.values()), torch.zeros(())).device
-        low, high = (torch.full((1,) * len(graph.input.shape), float(end), dtype=torch.float64) for end in domain)
-        self._known = {graph.input.name: Range(low.to(self.device), high.to(self.device))}
+        ends = (torch.as_tensor(end, dtype=torch.float64, device=self.device) for end in domain)
+        low, high = (end.reshape((1,) * (len(graph.input.shape) - end.ndim) + tuple(end.shape)) for end in ends)
+        self._known = {graph.input.name: Range(low, high)}
 
     def __call__(self, name: str) -> Range:
         pending = [name]

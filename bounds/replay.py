@@ -25,7 +25,7 @@ def replay(
     model: nn.Module,
     program: Callable[[Tensor], Tensor],
     input_shape: tuple[int, ...],
-    domain: tuple[float, float],
+    domain: tuple[float | Tensor, float | Tensor],
 ) -> None:
     """Raise BoundError unless the module in float64 and evaluation mode computes what the exported program does.
 
@@ -35,7 +35,9 @@ def replay(
     plain = copy.deepcopy(model).eval().to(torch.float64)
     device = next((tensor.device for tensor in (*plain.parameters(), *plain.buffers())), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
-    low, high = max(domain[0], -1.0 + min(domain[1], 0.0)), min(domain[1], 1.0 + max(domain[0], 0.0))  # a finite part
+    bottom, top = (torch.as_tensor(end, dtype=torch.float64).cpu() for end in domain)
+    low = torch.maximum(bottom, top.clamp_max(0.0) - 1.0)  # a finite part
+    high = torch.minimum(top, bottom.clamp_min(0.0) + 1.0)
     unit = torch.rand(_POINTS, *input_shape, generator=generator, dtype=torch.float64)
     inputs = (low + (high - low) * unit).to(device)
     accelerators = [device.index or 0] if device.type == "cuda" else []

@@ -224,6 +224,8 @@ def _check(images: Tensor, audit: Audit) -> None:
         raise InputError(
             f"the bound is for inputs {tuple(audit.input_shape)}; the images are {tuple(images.shape[1:])}"
         )
+    if audit.box is not None:
+        raise InputError("the bound holds around one input only; audit the model on the domain of all images")
     low, high = audit.domain
     if not ((images >= low) & (images <= high)).all():
         raise InputError(f"the bound holds for inputs in [{low}, {high}], and some images lie outside; scale them")

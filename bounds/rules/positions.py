@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,7 +151,8 @@ def transposed_convolution(node: Node, channel: int, nodes: Nodes) -> Reading | 
     phases: dict[tuple[int, ...], list[Tensor]] = {}
     for t in itertools.product(*(range(size) for size in weight.shape[2:])):
         phase = tuple(0 if dilated else i % s for i, s in zip(t, stride, strict=True))
-        tap = weight[(slice(None), slice(None), *t)].unflatten(0, (node["groups"], -1))  # (g, in/g, out/g)
+        place: tuple[Any, ...] = (..., *t)
+        tap = weight[place].unflatten(0, (node["groups"], -1))  # (g, in/g, out/g)
         phases.setdefault(phase, []).append(tap)
     sums = [_norm(taps) for taps in phases.values()]
 

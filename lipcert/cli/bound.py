@@ -17,6 +17,7 @@ from lipcert.cli.model import Resolved, resolve_model
 from lipcert.cli.options import (
     Constant,
     Domain,
+    Radius,
     Shape,
     data_root_option,
     html_option,
@@ -49,6 +50,7 @@ Examples:
   lipcert bound hf:segformer:random --input-shape 3,64,64
   lipcert bound network.onnx --json -
   lipcert bound path/to/file.py:factory --input-shape 3,32,32 --require-finite
+  lipcert bound runs/digits --around digit.png --radius 36/255
 
 \b
 The bound holds for the network in evaluation mode, in exact arithmetic, between any two inputs of the domain.
@@ -78,6 +80,13 @@ an .onnx file's listed operators. timm and torchvision read their own weights wi
 )
 @click.option("--data", metavar="NAME", help="Data set whose images the search begins from; default: random inputs.")
 @click.option("--claimed", type=Constant(), metavar="L", help="A Lipschitz constant to be proved or refuted.")
+@click.option(
+    "--around",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Bound the constant near one input only: an image, a .npy array, or a .safetensors tensor x.",
+)
+@click.option("--radius", type=Radius(), help="How far from --around a value may move: the box holds this l2 ball.")
 @click.option("--require-finite", is_flag=True, help="Exit with 3 if no finite bound is found.")
 @click.option(
     "-o",
@@ -97,6 +106,8 @@ def command(
     lower_steps: int,
     data: str | None,
     claimed: float | None,
+    around: Path | None,
+    radius: float | None,
     require_finite: bool,
     output: Path | None,
     html_file: str | None,
@@ -111,9 +122,14 @@ def command(
     """
     if output is not None:
         require_writable(output.parent)
+    if (around is None) != (radius is None):
+        raise InputError("--around FILE and --radius R go together")
     resolved = resolve_model(model, input_shape=input_shape, seed=seed)
     shape = _shape(resolved, input_shape)
+    place = _neighbourhood(around, radius, shape, domain)
     starts = _starts(data, data_root, shape, domain) if data is not None else None
+    if starts is not None and place is not None:
+        starts = starts.clamp(*place)
     begun = time.perf_counter()
 
     from lipcert.bounds.audit import audit
@@ -124,9 +140,11 @@ def command(
     network = export(resolved.model)
     audited = network.program if isinstance(network, ProgramNetwork) else network
     with quiet("torch"), redirect_stderr(io.StringIO()):  # a failed export is one sentence, not the exporter's log
-        result = audit(audited, shape, domain, tightness)
+        result = audit(audited, shape, place or domain, tightness)
     lower = _lower(network, result, starts, lower_steps, seed) if lower_steps else None
     record = _record(resolved, result, lower, claimed, time.perf_counter() - begun)
+    if around is not None:
+        record["input"] |= {"around": around.name, "radius": radius}
     pair = None if lower is None else _pair_file(output, json_file, html_file, resolved.run)
     if pair is not None and lower is not None:
         from lipcert.pair import save_pair
@@ -165,6 +183,16 @@ def _shape(resolved: Resolved, given: tuple[int, ...] | None) -> tuple[int, ...]
     return shape
 
 
+def _neighbourhood(
+    around: Path | None, radius: float | None, shape: tuple[int, ...], domain: tuple[float, float]
+) -> tuple[Tensor, Tensor] | None:
+    if around is None or radius is None:
+        return None
+    from lipcert.neighbourhood import box, read_input
+
+    return box(read_input(around, shape, domain), radius, domain)
+
+
 def _starts(data: str, root: str | None, shape: tuple[int, ...], domain: tuple[float, float]) -> Tensor:
     """Return some test images, scaled from [0, 1] to the domain."""
     from lipcert import data as datasets
@@ -182,7 +210,7 @@ def _lower(network: nn.Module, result: Audit, starts: Tensor | None, steps: int,
     from lipcert.attacks.ascent import lipschitz_lower
 
     return lipschitz_lower(
-        network, result.input_shape, starts, steps, result.domain, seed, evaluate=result.program.evaluate
+        network, result.input_shape, starts, steps, result.box or result.domain, seed, evaluate=result.program.evaluate
     )
 
 

@@ -39,6 +39,7 @@ def build(record: Mapping[str, Any]) -> str:
         record=record,
         shape=" × ".join(map(str, record["input"]["shape"])),
         domain=", ".join(f"{end:g}" for end in record["input"]["domain"]),
+        near=_near(record["input"]),
         findings=_findings(record),
         summary=_summary(record),
         attained=record.get("lower") is not None,
@@ -50,6 +51,10 @@ def build(record: Mapping[str, Any]) -> str:
         pair=(record.get("lower_witness") or {}).get("file"),
         colours=drawing.COLOURS,
     )
+
+
+def _near(place: Mapping[str, Any]) -> str:
+    return f", no value further than {place['radius']:.6g} from {place['around']}" if "around" in place else ""
 
 
 def _inline(figure: Figure) -> Markup:

@@ -28,7 +28,9 @@ def lines(record: Mapping[str, Any]) -> Iterator[str]:
         more = f" and {entry.layers - len(entry.names)} more" if entry.layers > len(entry.names) else ""
         yield f"{part}: {entry.counterpart.title} ({', '.join(entry.names)}{more}). Use {entry.counterpart.instead}"
     proved = "no finite bound" if record["upper"] == "inf" else wording.upper(record["upper"], 8)
-    yield f"Lipschitz constant (l2, image to outputs): at most {proved}"
+    place = record["input"]
+    near = f" where no value is further than {place['radius']:.6g} from {place['around']}" if "around" in place else ""
+    yield f"Lipschitz constant (l2, image to outputs){near}: at most {proved}"
     if record.get("position") not in (None, "inf"):
         yield f"of the outputs at one position: at most {wording.upper(record['position'], 8)}"
 
