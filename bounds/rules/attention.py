@@ -41,32 +41,43 @@ class Part:
 
 @rule("aten.scaled_dot_product_attention.default")
 def scaled_dot_product_attention(node: Node, context: Context) -> Value:
-    """Bound softmax(s QKᵀ + mask) V by |s|R_vR_k L_Q + |s|R_vR_q√c L_K + √c L_V; see `lipcert.bounds.attention`."""
+    """Bound softmax(s QKᵀ + mask) V by |s|R_vR_k L_Q + |s|R_vR_q√c L_K + √c L_V; see `lipcert.bounds.attention`.
+
+    A mask M that depends on the input adds R_v L_M, by the same proof with dS = dM, and c is the number of queries.
+    """
     q, k, v = (context.data(node, name) for name in ("query", "key", "value"))
     if node.arguments.get("enable_gqa") or float(node["dropout_p"]) != 0.0:
         raise BoundError(f"attention with grouped queries or dropout has no rule ({node.place})")
-    if isinstance(node["attn_mask"], Ref):
-        return context.unbounded(node, [context.live[n] for n in node.inputs], "the mask depends on the input")
-    _separate(node, context, [q, k, v])
+    added = [context.data(node, "attn_mask")] if isinstance(node["attn_mask"], Ref) else []
+    _separate(node, context, [q, k, v, *added])
     queries, keys = q.shape[-2], k.shape[-2]
-    bias = _mask(node["attn_mask"])
+    bias = None if added else _mask(node["attn_mask"])
     if node["is_causal"]:
         bias = torch.full((queries, keys), -math.inf, dtype=torch.float64, device=q.device).triu(1)
     scale = 1.0 / math.sqrt(q.shape[-1]) if node["scale"] is None else float(node["scale"])
     parts = [part(context, x) for x in (q, k, v)]
-    weights = _weights(node, parts, scale, [] if bias is None else [bias])
+    weights = _weights(node, parts, scale, [] if bias is None else [bias], bounded=not added)
     if weights is None:
         missing = "queries, keys or values"
-        return context.unbounded(node, [q, k, v], DATA.format(missing))
+        return context.unbounded(node, [q, k, v, *added], DATA.format(missing))
     values = parts[2].rows
     size = abs(scale) * parts[0].rows.norm * parts[1].rows.norm
     if bias is not None:
         size += float(torch.where(bias.isinf(), 0.0, bias).abs().max())
+    moved = []
+    for mask in added:
+        largest = context.ranges(mask.node.name).largest
+        size += wide(largest)
+        scores = math.prod(node.shape[:-1]) * keys
+        factor = mul_up(wide(values.radius), sqrt_up(scores / math.prod(mask.shape)))
+        moved.append((mask, Bound(factor, "upper", "attention"), margin(largest)))
     rounding = Rounding(absolute=_absolute(size, values.norm, q.shape[-1], keys, math.prod(node.shape) // v.shape[-1]),
                         operations=2 * (keys + q.shape[-1]), own_only=True)  # fmt: skip
     margins = [margin(p.rows.norm) for p in parts]
-    result = context.value(node, [q, k, v], weights, rounding, margins=margins)
-    result.candidates += _derivations(context, parts, weights)
+    factors = [*weights, *(bound.value for _, bound, _ in moved)]
+    margins += [limit for *_, limit in moved]
+    result = context.value(node, [q, k, v, *added], factors, rounding, margins=margins)
+    result.candidates += _derivations(context, parts, weights, moved)
     context.bound(result)
     return result
 
@@ -181,9 +192,12 @@ def _same_group(node: Node, index: Tensor) -> bool:
 
 
 def _weights(
-    node: Node, parts: Sequence[Part], scale: float, biases: Sequence[Tensor]
+    node: Node, parts: Sequence[Part], scale: float, biases: Sequence[Tensor], *, bounded: bool = True
 ) -> tuple[float, float, float] | None:
-    """Return the coefficients for queries, keys and values with ranges widened by their margins, None if infinite."""
+    """Return the coefficients for queries, keys and values with ranges widened by their margins, None if infinite.
+
+    `bounded`: all that is added to the products are these `biases`.
+    """
     q, k, v = (Rows(wide(p.rows.norm), wide(p.rows.radius)) for p in parts)
     queries, keys = node.shape[-2], parts[2].value.shape[-2]
     spread = 2.0 * abs(scale) * q.norm * k.radius * (1 + 2.0**-40)
@@ -191,7 +205,7 @@ def _weights(
     for bias in biases:
         if not bool(bias.isinf().any()):
             spread += float((bias.amax(-1) - bias.amin(-1)).max()) * (1 + 2.0**-40)
-    if not math.isfinite(spread):
+    if not math.isfinite(spread) or not bounded:
         spread = math.inf
     try:
         column = column_sum(spread, hidden[0] if len(hidden) == 1 else None, queries, keys)
@@ -203,8 +217,12 @@ def _weights(
     return (a, b, c) if math.isfinite(a + b + c) else None
 
 
-def _derivations(context: Context, parts: Sequence[Part], weights: Sequence[float]) -> list:
-    """Return the ways to a bound: through each part, through the layers they are cut from, or through a common one."""
+def _derivations(
+    context: Context, parts: Sequence[Part], weights: Sequence[float],
+    moved: Sequence[tuple[Value, Bound, float]] = (),
+) -> list:  # fmt: skip
+    """Return the ways to a bound: through each part, or through the layers they are cut from; and what is `moved` too.
+    """
     bounds = [Bound(weight, "upper", "attention") for weight in weights]
     apart = [p.value for p in parts]
     limits = [margin(p.rows.norm) for p in parts]
@@ -212,8 +230,8 @@ def _derivations(context: Context, parts: Sequence[Part], weights: Sequence[floa
     def derive(values: Sequence[Value], factors: Sequence[Bound], margins: Sequence[float]) -> Derivation:
         return replace(context.derive(values, factors, "attention"), margins=tuple(margins))
 
-    ways = [partial(derive, apart, bounds, limits)]
-    through = []
+    ways = [partial(derive, *zip(*zip(apart, bounds, limits, strict=True), *moved, strict=True))]
+    through: list[tuple[Value, Bound, float]] = []
     for p, bound, limit in zip(parts, bounds, limits, strict=True):
         source = context.kept.get(p.layer)
         if source is None:
@@ -221,7 +239,7 @@ def _derivations(context: Context, parts: Sequence[Part], weights: Sequence[floa
         else:
             norm = Bound(p.norm, "upper", "projection")
             through.append((source, bound * norm, limit / max(p.norm, 2.0**-500)))
-    ways.append(partial(derive, *zip(*through, strict=True)))
+    ways.append(partial(derive, *zip(*through, *moved, strict=True)))
     return ways
 
 

@@ -82,7 +82,7 @@ an .onnx file's listed operators. timm and torchvision read their own weights wi
 @click.option("--claimed", type=Constant(), metavar="L", help="A Lipschitz constant to be proved or refuted.")
 @click.option(
     "--around",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
     help="Bound the constant near one input only: an image, a .npy array, or a .safetensors tensor x.",
 )

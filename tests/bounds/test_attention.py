@@ -76,6 +76,56 @@ def test_the_bound_is_above_every_attack(form, seed):
     assert bool(((output - model(x)).flatten(1).norm(dim=1) <= 2 * error).all()) and float(error.max()) < 1e-8
 
 
+class Relative(Attention):
+    """Attention with position biases made of the queries, as in SAM and ViTDet: the mask depends on the input."""
+
+    def __init__(self, *args, shared=False, **options):
+        super().__init__(*args, **options)
+        self.places = nn.Linear(self.qkv.in_features // self.heads, 5)
+        self.shared = shared
+
+    def forward(self, x):
+        n, tokens, dim = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(n, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        mask = self.places(q)  # (n, heads, queries, keys)
+        mask = mask[:, :1] if self.shared else mask
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.temperature)
+        return self.out(y.transpose(1, 2).reshape(n, tokens, dim))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_mask_that_depends_on_the_input_is_bounded(seed, shared):
+    torch.manual_seed(seed)
+    model = Relative(6, (1, 2, 3)[seed % 3], temperature=(0.0, 0.3)[seed % 2], eps=0.1, shared=shared)
+    model.places.weight.data.mul_(5.0)
+    model = model.double().eval()
+    result = audit(model, (5, 6))
+    assert attacked(model, (5, 6)) <= result.upper.value < math.inf
+    x = torch.rand(4, 5, 6, dtype=torch.float64)
+    output, error = result.program.evaluate(x)
+    assert float(error.max()) < 1e-8
+
+
+def test_the_part_of_a_mask_is_what_the_inequality_says():
+    """Values that are constant but differ from key to key: what moves is the mask alone."""
+    torch.manual_seed(0)
+    values = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+
+    def forward(m, x):  # (n, 2, 2) are the scores themselves
+        zero = x.new_zeros(1) * x[..., :1].clamp(0.0, 0.0)
+        return F.scaled_dot_product_attention(zero, zero, zero + values, attn_mask=m.scale(x), scale=1.0)
+
+    model = Apply(forward, scale=nn.Linear(2, 2)).double()
+    nn.init.eye_(model.scale.weight)
+    nn.init.zeros_(model.scale.bias)
+    result = audit(model, (2, 2))
+    x = torch.zeros(1, 2, 2, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(model, x).reshape(-1, 4)
+    attained = float(torch.linalg.matrix_norm(jacobian, 2))  # 2·p(1-p)·√2 = 1/√2 of at most 1
+    assert math.isclose(attained, math.sqrt(0.5), rel_tol=1e-12) and attained <= result.upper.value
+
+
 @pytest.mark.nightly
 def test_the_inequality_is_above_the_jacobian_of_a_thousand_random_configurations():
     for seed in range(1000):
