@@ -90,6 +90,21 @@ def elu(node: Node, context: Context) -> Value:
     return context.nonlinear(node, [x], Bound(slope, "upper", "slope"), rounding=LIBRARY)
 
 
+@rule("aten.softshrink.default")
+def softshrink(node: Node, context: Context) -> Value:
+    """Bound soft shrinkage, x ∓ λ outside [-λ, λ] and 0 inside, by 1 (λ ≥ 0, as torch demands)."""
+    return context.nonlinear(node, [context.data(node, "self")], ONE, rounding=Rounding(output=1, operations=1))
+
+
+@rule("aten.threshold.default")
+def threshold(node: Node, context: Context) -> Value:
+    """Bound x above a threshold and a constant below it by 1 where the two meet; elsewhere it jumps."""
+    x = context.data(node, "self")
+    if float(node["threshold"]) != float(node["value"]):
+        return context.unbounded(node, [x], "the function jumps: no Lipschitz constant exists")
+    return context.nonlinear(node, [x], ONE, rounding=EXACT)
+
+
 @rule("aten.softplus.default")
 def softplus(node: Node, context: Context) -> Value:
     """Bound softplus log(1 + e^(βx))/β by 1.
@@ -174,7 +189,8 @@ def negation(node: Node, context: Context) -> Value:
 
 
 @rule("aten.sign.default", "aten.round.default", "aten.floor.default", "aten.ceil.default", "aten.trunc.default",
-      "aten.div.Tensor_mode", "aten.div.Scalar_mode", "aten.heaviside.default")  # fmt: skip
+      "aten.div.Tensor_mode", "aten.div.Scalar_mode", "aten.heaviside.default", "aten.hardshrink.default",
+      "aten.frac.default", "aten.remainder.Scalar", "aten.fmod.Scalar")  # fmt: skip
 def jump(node: Node, context: Context) -> Value:
     """Give no bound: a function with jumps has no Lipschitz constant."""
     return context.unbounded(
@@ -228,7 +244,7 @@ def _largest(tensor: Tensor | None) -> float:
 
 # ------------------------------------------------------------------------------------------------------------ ranges
 
-_INCREASING = "relu relu6 hardtanh clamp_min clamp_max tanh sigmoid atan log_sigmoid erf selu hardsigmoid".split()
+_INCREASING = "threshold softshrink relu relu6 hardtanh clamp_min clamp_max tanh sigmoid atan log_sigmoid erf selu hardsigmoid".split()
 
 
 @ranged(*(f"aten.{name}.default" for name in _INCREASING), "aten.clamp.default", "aten.clamp.Tensor",

@@ -6,6 +6,8 @@ a few per cent where zero padding is bounded as part of a torus, None where only
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -163,10 +165,24 @@ def test_rule(name):
     assert_sound(Apply(forward, **modules()), shape, slack, points=3)
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", [*LINEAR, *MOVING, *NONLINEAR])
+def test_rule_with_a_hundred_random_weights(name):
+    """No case is above its bound. How close it comes is the business of the test above, whose weights are fixed."""
+    forward, modules, shape, _ = {**LINEAR, **MOVING, **NONLINEAR}[name]
+    for seed in range(100):
+        torch.manual_seed(seed)
+        parts = modules()
+        for part in parts.values():
+            for parameter in part.parameters() if isinstance(part, nn.Module) else [part]:
+                parameter.data.mul_((0.3, 1.0, 3.0)[seed % 3])
+        assert_sound(Apply(forward, **parts), shape, points=2)
+
+
 SLOPES = {
     F.relu: 1.0, torch.tanh: 1.0, torch.sigmoid: 0.25, F.softplus: 1.0, F.silu: 1.0998393201288669, F.hardtanh: 1.0,
     F.gelu: 1.1289041451851548, F.mish: 1.0884981612517279, F.hardswish: 1.5, F.selu: 1.7580993408473769,
-    torch.erf: 1.1283791670955126, F.hardsigmoid: 1 / 6, F.relu6: 1.0, torch.abs: 1.0, torch.sin: 1.0,
+    torch.erf: 1.1283791670955126, F.hardsigmoid: 1 / 6, F.relu6: 1.0, torch.abs: 1.0, torch.sin: 1.0, F.softshrink: 1.0, partial(F.threshold, threshold=0.5, value=0.5): 1.0,
 }  # fmt: skip
 
 
