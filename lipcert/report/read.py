@@ -10,6 +10,7 @@ randomized-smoothing scripts of Cohen et al. 2019). They carry no proof that cou
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -171,21 +172,30 @@ def _refuse_repeats(path: Path, rows: pandas.DataFrame, key: list[str]) -> None:
 def _check_bound(path: Path, bound: Any) -> dict[str, Any]:
     if not isinstance(bound, dict):
         raise InputError(f"{path}: 'audit' is not an object; write it anew with lipcert certify")
+    for key in ("upper", "features", "position"):
+        if _beyond_floats(bound.get(key)):
+            bound[key] = math.inf
+    _numbers(path, bound, "upper", "lower", "estimate", "seconds")
     if "features" in bound:
         _numbers(path, bound, "features")
-    _numbers(path, bound, "upper", "lower", "estimate", "seconds")
     for key in ("layers", "unbounded"):
         entries = bound.get(key) or []
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise InputError(f"{path}: {key!r} is not a list of objects; write it anew with lipcert bound")
         bound[key] = entries
     for position, layer in enumerate(bound["layers"]):
-        _numbers(path, layer, "upper", "lower", "cumulative", where=f"layers[{position}].")
+        huge = {key: layer[key] for key in ("upper", "cumulative") if _beyond_floats(layer.get(key))}
+        _numbers(path, layer, *({"upper", "lower", "cumulative"} - huge.keys()), where=f"layers[{position}].")
     if bound.get("published") is not None:
         if not isinstance(bound["published"], dict):
             raise InputError(f"{path}: 'published' is not an object; write it anew with lipcert bound")
         _numbers(path, bound["published"], "value", where="published.")
     return bound
+
+
+def _beyond_floats(value: Any) -> bool:
+    """Return whether a value is the text of a number above the largest float, such as "1.04e+712"."""
+    return isinstance(value, str) and re.fullmatch(r"\d(\.\d+)?e\+\d{3,7}", value) is not None
 
 
 def _attack(path: Path, entry: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 from report.synthetic import write_run, write_smoothing_log
 
 from lipcert.errors import InputError
+from lipcert.report import tables
 from lipcert.report.consistency import disagreements
 from lipcert.report.read import PROBABILISTIC, UNPROVED, read, read_all
 
@@ -78,6 +79,18 @@ def test_infinities_are_strings_in_json(run: Path) -> None:
     update(run / "bound.json", upper="inf", layers=[{"name": "x", "upper": "inf", "cumulative": "inf"}])
     bound = read(run).bound
     assert bound["upper"] == math.inf and bound["layers"][0]["upper"] == math.inf
+
+
+def test_bounds_above_the_largest_float_are_texts_in_json(run: Path) -> None:
+    layer = {"name": "x", "upper": "1.5e+400", "cumulative": "1.5e+400"}
+    update(run / "bound.json", upper="1.5e+400", features="1e+399", layers=[layer])
+    record = read(run)
+    assert record.bound["upper"] == math.inf
+    rows = tables.layers(record)
+    assert rows["upper"].tolist() == [math.inf] and rows["height"].tolist() == [pytest.approx(400 + math.log10(1.5))]
+    update(run / "bound.json", upper="much")
+    with pytest.raises(InputError, match="not a number"):
+        read(run)
 
 
 def test_the_audit_of_the_certificate_stands_in_for_bound_json(run: Path) -> None:
