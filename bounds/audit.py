@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,8 @@ class Head:
     """The last linear layer z = W h + b: what certificates per pair of classes are made of.
 
     `penultimate` bounds h, `weight` is W (K, d). `rows` (K, m), where not None, are those of the whole last affine
-    segment from an anchor bounded by `anchor`, exact up to `error` in the operator norm.
+    segment from an anchor bounded by `anchor`, exact up to `error` in the operator norm. `source` and `start` name h
+    and that anchor in the graph.
     """
 
     penultimate: Bound
@@ -42,6 +43,8 @@ class Head:
     anchor: Bound | None = None
     rows: Tensor | None = field(default=None, repr=False)
     error: float = 0.0
+    source: str = ""
+    start: str = ""
 
     def pairwise(self) -> Tensor:
         """Return upper bounds of the Lipschitz constants of z_i - z_j, (K, K) in float64, zero on the diagonal.
@@ -145,7 +148,11 @@ def audit(
         position = positions.bound(context, kept)
         head = None
         if last is not None:
-            head = Head(context.bound(kept[last[0]]), last[1], upper, *(segment or ()))
+            penultimate = context.bound(kept[last[0]])
+            head = Head(penultimate, last[1], upper, source=last[0])
+            if segment is not None:
+                anchor, name, matrix, error = segment
+                head = replace(head, anchor=anchor, start=name, rows=matrix, error=error)
     needed = [output.index] + ([kept[last[0]].index] if last else [])
     layers = rows(context, needed)
     unbounded = tuple(
@@ -192,15 +199,15 @@ def _last_linear(graph: Graph) -> tuple[str, Tensor] | None:
     return None
 
 
-def _last_segment(context: Context, output: Value) -> tuple[Bound, Tensor, float] | None:
-    """Return the bound of the earliest anchor of the output, the rows of the map from it, and the error of these."""
+def _last_segment(context: Context, output: Value) -> tuple[Bound, str, Tensor, float] | None:
+    """Return bound and name of the earliest anchor of the output, the rows of the map from it, and their error."""
     if not output.representations:
         return None
     (anchor, _), found = min(output.representations.items(), key=lambda item: item[0][0].index)
     m = found.map.regrouped(1)
     if m.out != (1, 1) or any(m.wrap) or math.prod(output.shape) != m.c_out:
         return None
-    return context.bound(anchor), m.taps[:, 0].movedim(1, 0).flatten(1), m.error
+    return context.bound(anchor), anchor.node.name, m.taps[:, 0].movedim(1, 0).flatten(1), m.error
 
 
 def _differences(matrix: Tensor) -> Tensor:

@@ -61,6 +61,11 @@ class Program:
         self._steps, self._derivations, self._merged = tuple(steps), dict(derivations), tuple(merged)
         self._last = {name: node.name for node in graph.nodes for name in node.inputs}
 
+    @property
+    def derivations(self) -> Mapping[int, Derivation]:
+        """Return why each value is bounded, by the index of its node."""
+        return self._derivations
+
     def __call__(self, x: Tensor) -> Tensor:
         return self._run(x)[0]
 

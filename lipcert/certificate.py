@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ import pandas as pd
 
 from lipcert.certify import Row, frame
 from lipcert.errors import InputError
-from lipcert.files import append_rows, read_json, read_rows, repair_rows, write_json, write_text
+from lipcert.files import append_rows, read_json, read_rows, repair_rows, write_bytes, write_json, write_text
 
 ROWS, CERTIFICATE, SUMMARY = "certificates.tsv", "certificate.json", "summary.json"
+PROGRAM = "program.safetensors"
 _STATEMENTS = {
     "float64": "the network, evaluated in real arithmetic,",
     "float32": "the network, evaluated in float32 without TF32 or lower precision,",
@@ -41,6 +42,8 @@ class Certificate:
     audit: Mapping[str, Any]  # the proof of the bound, layer by layer
     arithmetic: Mapping[str, Any]  # settings and software with which the logits were computed
     lipcert: str
+    program: Mapping[str, Any] = field(default_factory=dict)  # the network as a list of operators: docs/certificate.md
+    proof: Mapping[str, Any] = field(default_factory=dict)  # why its bound holds, step by step
     norm: str = "l2"
 
     @property
@@ -54,7 +57,7 @@ class Certificate:
 
     def to_json(self) -> dict[str, Any]:
         """Return what certificate.json holds."""
-        return {"statement": self.statement} | {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"statement": self.statement} | {entry.name: getattr(self, entry.name) for entry in fields(self)}
 
     def differences(self, stored: Mapping[str, Any]) -> list[str]:
         """Say in which of the facts that decide a row a stored certificate.json differs, for humans."""
@@ -78,11 +81,12 @@ def differences(wanted: Mapping[str, Any], stored: Mapping[str, Any]) -> list[st
     ]
 
 
-def begin(folder: Path, certificate: Certificate, *, batch_size: int, resume: bool) -> int:
+def begin(folder: Path, certificate: Certificate, *, batch_size: int, resume: bool, tensors: bytes = b"") -> int:
     """Prepare a folder for the rows of `certificate` and return the first image whose row is missing.
 
-    That is `certificate.n` if nothing is left to do. Raises InputError if the folder holds rows about something else,
-    or unfinished ones and `resume` is not set.
+    `tensors` are the bytes of program.safetensors, which the proof is about. The image returned is `certificate.n` if
+    nothing is left to do. Raises InputError if the folder holds rows about something else, or unfinished ones and
+    `resume` is not set.
     """
     path = folder / CERTIFICATE
     stored = read_json(path) if path.exists() else None
@@ -92,6 +96,7 @@ def begin(folder: Path, certificate: Certificate, *, batch_size: int, resume: bo
     if present and len(present) >= certificate.n:
         return certificate.n
     first = keep_whole_batches(folder / ROWS, Row.columns(), len(present), certificate.n, batch_size, resume=resume)
+    write_bytes(folder / PROGRAM, tensors)
     write_json(path, certificate.to_json())
     return first
 
@@ -111,7 +116,7 @@ def read(folder: Path) -> pd.DataFrame:
         rows = frame(
             Row(
                 int(row["idx"]), int(row["label"]), int(row["predict"]), float(row["radius"]), int(row["correct"]),
-                float(row["time"]), float(row["margin"]), float(row["error"]),
+                float(row["time"]), float(row["margin"]), float(row["error"]), row["image"],
             )
             for row in read_rows(path, Row.columns())
         )  # fmt: skip

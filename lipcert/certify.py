@@ -15,6 +15,7 @@ An image counts at radius r if it is classified rightly and its own radius is *g
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 import time
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 
 from lipcert.errors import InputError
 from lipcert.numerics import exact
+from lipcert.proof import require_finite
 
 if TYPE_CHECKING:
     from lipcert.bounds.audit import Audit
@@ -51,6 +53,7 @@ class Row:
     time: float  # seconds
     margin: float  # largest logit less the second largest, as computed
     error: float  # l2 bound of the rounding error of the logits
+    image: str = ""  # SHA-256 of the pixels, as little-endian float64
 
     @classmethod
     def columns(cls) -> tuple[str, ...]:
@@ -103,15 +106,17 @@ def radii_from_margins(
 
 
 def rows_of_batches(
-    audit: Audit, batches: Iterable[tuple[Tensor, Tensor]], *, precision: str = "float64", first: int = 0
-) -> Iterator[list[Row]]:
-    """Certify batch by batch and yield the rows of each; see `certify` for the arguments and errors."""
+    audit: Audit, batches: Iterable[tuple[Tensor, Tensor]], *, precision: str = "float64", first: int = 0,
+    pairwise: Tensor | None = None,
+) -> Iterator[list[Row]]:  # fmt: skip
+    """Certify batch by batch and yield the rows of each; see `certify` for the arguments and errors.
+
+    `pairwise`: bounds of z_i - z_j to use, such as those of a written proof; default: those of the audit.
+    """
     if precision not in PRECISIONS:
         raise InputError(f"unknown precision {precision!r}; certificates are about {' or '.join(PRECISIONS)}")
-    if not math.isfinite(audit.upper.require_upper()):
-        reasons = "; ".join(f"{name}: {reason}" for name, _, reason in audit.unbounded[:3])
-        raise InputError(f"the network has no finite Lipschitz bound, so nothing can be certified: {reasons}")
-    pairwise = audit.pairwise()
+    require_finite(audit)
+    pairwise = audit.pairwise() if pairwise is None else pairwise
     largest = diameter(audit.domain, audit.input_shape)
     for images, labels in batches:
         start = time.perf_counter()
@@ -129,12 +134,18 @@ def rows_of_batches(
         if int(labels.max()) >= len(pairwise):
             raise InputError(f"there is a label {int(labels.max())}, but the network has {len(pairwise)} classes")
         seconds = (time.perf_counter() - start) / len(labels)
-        columns = (labels.tolist(), predict.tolist(), radius.tolist(), margin.tolist(), error.tolist())
+        hashes = [image_sha256(image) for image in images.cpu().numpy()]
+        columns = (labels.tolist(), predict.tolist(), radius.tolist(), margin.tolist(), error.tolist(), hashes)
         yield [
-            Row(first + i, label, y, r, int(label == y), seconds, m, e)
-            for i, (label, y, r, m, e) in enumerate(zip(*columns, strict=True))
+            Row(first + i, label, y, r, int(label == y), seconds, m, e, h)
+            for i, (label, y, r, m, e, h) in enumerate(zip(*columns, strict=True))
         ]
         first += len(labels)
+
+
+def image_sha256(image: NDArray[Any]) -> str:
+    """Return the SHA-256 of an image (c, h, w) as little-endian float64, row by row."""
+    return hashlib.sha256(np.ascontiguousarray(image, dtype="<f8").tobytes()).hexdigest()
 
 
 def certify(

@@ -26,7 +26,7 @@ CERTIFIED = Certificate(
 
 
 def rows(first, last):
-    return [Row(i, 1, i % 2, 0.1 / (i + 1), i % 2, 1e-5, 1.5 + i, 2e-13) for i in range(first, last)]
+    return [Row(i, 1, i % 2, 0.1 / (i + 1), i % 2, 1e-5, 1.5 + i, 2e-13, "c" * 64) for i in range(first, last)]
 
 
 def other(**changes):
@@ -41,8 +41,8 @@ def test_rows_come_back_bit_for_bit(tmp_path):
     expected = pd.DataFrame([dataclasses.asdict(row) for row in rows(0, 10)])
     pd.testing.assert_frame_equal(table, expected, check_exact=True)
     header, first = (tmp_path / ROWS).read_text().splitlines()[:2]
-    assert header == "idx\tlabel\tpredict\tradius\tcorrect\ttime\tmargin\terror"
-    assert first == "0\t1\t0\t0.1\t0\t1e-05\t1.5\t2e-13"
+    assert header == "idx\tlabel\tpredict\tradius\tcorrect\ttime\tmargin\terror\timage"
+    assert first == "0\t1\t0\t0.1\t0\t1e-05\t1.5\t2e-13\t" + "c" * 64
 
 
 def test_certificate_says_what_it_promises(tmp_path):

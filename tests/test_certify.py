@@ -149,6 +149,7 @@ class Stub:
     input_shape: tuple[int, ...]
     domain: tuple[float, float] = (0.0, 1.0)
     unbounded: tuple[tuple[str, str, str], ...] = ()
+    box: None = None
 
     def pairwise(self):
         constants = torch.full((4, 4), math.sqrt(2) * self.upper.value, dtype=torch.float64)
@@ -180,7 +181,7 @@ def test_radii_of_a_linear_classifier_are_the_distances_of_its_boundary():
     model, audit, images, labels = linear()
     rows = certify(model, [(images[:3], labels[:3]), (images[3:], labels[3:])], audit=audit)
     truth = boundary(model, images, labels)
-    assert list(rows.columns) == ["idx", "label", "predict", "radius", "correct", "time", "margin", "error"]
+    assert list(rows.columns) == ["idx", "label", "predict", "radius", "correct", "time", "margin", "error", "image"]
     assert rows["idx"].tolist() == list(range(8))
     assert rows["correct"].tolist() == [1] * 8
     assert (rows["radius"].to_numpy() < truth).all()

@@ -244,7 +244,8 @@ def _largest(tensor: Tensor | None) -> float:
 
 # ------------------------------------------------------------------------------------------------------------ ranges
 
-_INCREASING = "threshold softshrink relu relu6 hardtanh clamp_min clamp_max tanh sigmoid atan log_sigmoid erf selu hardsigmoid".split()
+_INCREASING = """threshold softshrink relu relu6 hardtanh clamp_min clamp_max tanh sigmoid atan log_sigmoid erf selu
+hardsigmoid""".split()
 
 
 @ranged(*(f"aten.{name}.default" for name in _INCREASING), "aten.clamp.default", "aten.clamp.Tensor",

@@ -17,6 +17,7 @@ from lipcert.files import write_json as write_file
 if TYPE_CHECKING:
     from lipcert.bounds.audit import Audit
     from lipcert.certificate import Certificate
+    from lipcert.proof import Proof
 
 
 @click.command(
@@ -47,21 +48,22 @@ def command(
 ) -> None:
     """Certify l2 radii of MODEL on the images of a data set.
 
-    Results go to certificates.tsv, certificate.json and summary.json in the run folder, or in the folder given with -o.
+    Results go to certificates.tsv, certificate.json with program.safetensors, and summary.json in the run folder, or in
+    the folder given with -o. `lipcert verify` checks them.
     """
-    from lipcert.certificate import CERTIFICATE, ROWS, SUMMARY, begin, read
+    from lipcert.certificate import CERTIFICATE, PROGRAM, ROWS, SUMMARY, begin, read
     from lipcert.certify import summarise
 
     subject = load_subject(**options)
     start = time.perf_counter()
-    proof, certificate = _prove(subject, deployed or "float64")
-    first = begin(subject.folder, certificate, batch_size=batch_size, resume=resume)
+    audit, proof, certificate = _prove(subject, deployed or "float64")
+    first = begin(subject.folder, certificate, batch_size=batch_size, resume=resume, tensors=proof.file())
     if first == certificate.n:
         note(f"{subject.folder / ROWS} holds these certificates already; nothing was computed")
-    _certify(subject, proof, certificate, first, batch_size)
+    _certify(subject, audit, proof, certificate, first, batch_size)
     rows = read(subject.folder)
     summary = summarise(rows, radii) | {
-        "upper": proof.upper.value,
+        "upper": audit.upper.value,
         "lower": _lower(subject.folder, certificate.weights_sha256),
         "precision": certificate.precision,
         "tf32": certificate.arithmetic["tf32"],
@@ -72,36 +74,42 @@ def command(
         write_json(json_file, summary)
     if json_file != "-":
         click.echo(_text(subject, summary))
-    note(f"wrote {ROWS}, {CERTIFICATE} and {SUMMARY} to {subject.folder} ({time.perf_counter() - start:.1f} s)")
+    seconds = time.perf_counter() - start
+    note(f"wrote {ROWS}, {CERTIFICATE}, {PROGRAM} and {SUMMARY} to {subject.folder} ({seconds:.1f} s)")
     note(f"next: lipcert attack {options['model']} --eps 36/255 tries to break them")
 
 
-def _prove(subject: Subject, precision: str) -> tuple[Audit, Certificate]:
-    """Bound the network and describe the certificate that follows."""
+def _prove(subject: Subject, precision: str) -> tuple[Audit, Proof, Certificate]:
+    """Bound the network, write down why, and describe the certificate that follows."""
     from lipcert.bounds.audit import audit
     from lipcert.certificate import Certificate
     from lipcert.numerics import exact
+    from lipcert.proof import Proof
     from lipcert.runtime import environment
 
-    proof = audit(subject.network, subject.shape)
+    found = audit(subject.network, subject.shape)
+    proof = Proof.of(found)
     with exact() as facts:
         arithmetic = {**facts, **environment(subject.device)}
-    return proof, Certificate(
+    return found, proof, Certificate(
         model=subject.name,
-        weights_sha256=proof.weights_sha256,
+        weights_sha256=found.weights_sha256,
         data=subject.dataset.name,
         split=subject.dataset.split,
         n=len(subject.dataset),
         precision=precision,
-        input_shape=tuple(proof.input_shape),
-        domain=proof.domain,
-        audit=proof.to_json(),
+        input_shape=tuple(found.input_shape),
+        domain=found.domain,
+        audit=found.to_json(),
         arithmetic=arithmetic,
         lipcert=lipcert.__version__,
+        **proof.to_json(),
     )
 
 
-def _certify(subject: Subject, proof: Audit, certificate: Certificate, first: int, batch_size: int) -> None:
+def _certify(
+    subject: Subject, audit: Audit, proof: Proof, certificate: Certificate, first: int, batch_size: int
+) -> None:
     from lipcert.certificate import write
     from lipcert.certify import rows_of_batches
     from lipcert.data import loader
@@ -111,7 +119,10 @@ def _certify(subject: Subject, proof: Audit, certificate: Certificate, first: in
     with progress(first, certificate.n, "certifying") as advance:
         if first == certificate.n:
             return
-        for rows in rows_of_batches(proof, placed, precision=certificate.precision, first=first):
+        found = rows_of_batches(
+            audit, placed, precision=certificate.precision, first=first, pairwise=proof.pairwise
+        )
+        for rows in found:
             write(subject.folder, rows)
             advance(len(rows))
 
