@@ -116,6 +116,19 @@ def call(target: Any, arguments: Mapping[str, Any]) -> Any:
     return target(*positional, **named)
 
 
+def given(argument: Any, values: Mapping[str, Any], x: Tensor) -> Any:
+    """Return an argument for the images x at hand, from the values of the nodes before."""
+    if isinstance(argument, Ref):
+        return values[argument.name]
+    if isinstance(argument, BatchSize):
+        return argument.factor * x.shape[0]
+    if isinstance(argument, BatchConstant):
+        return argument.repeated(x.shape[0]).to(x.device)
+    if isinstance(argument, Tensor):
+        return argument.to(x) if argument.is_floating_point() else argument.to(x.device)
+    return [given(item, values, x) for item in argument] if isinstance(argument, tuple) else argument
+
+
 def leaves(argument: Any) -> Iterator[Any]:
     if isinstance(argument, list | tuple):
         for item in argument:

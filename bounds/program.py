@@ -28,14 +28,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lipcert.bounds.core import BoundError
 from lipcert.bounds.evaluation import evaluate
-from lipcert.bounds.graph import BatchConstant, BatchSize, Graph, Node, Ref
+from lipcert.bounds.graph import Graph, Node, given
 from lipcert.bounds.rounding import UNIT, enlarge, gamma
 from lipcert.bounds.values import Derivation, Step
 
@@ -117,7 +116,7 @@ class Program:
         norms = []
         for index, node in enumerate(self.graph.nodes):
             if index:
-                arguments = {key: _given(argument, values, x) for key, argument in node.arguments.items()}
+                arguments = {key: given(argument, values, x) for key, argument in node.arguments.items()}
                 values[node.name] = evaluate(node, arguments, self._steps[index].rounding)
                 for name in {*node.inputs}:
                     if self._last[name] == node.name:
@@ -232,16 +231,3 @@ def _combine(factors: Sequence[float], errors: Sequence[Tensor], joint: bool) ->
 
 def _gamma(count: int, precision: str) -> float:
     return gamma(count, precision) if count * UNIT[precision] < 1.0 else math.inf
-
-
-def _given(argument: Any, values: Mapping[str, Tensor], x: Tensor) -> Any:
-    """Return an argument for the images at hand."""
-    if isinstance(argument, Ref):
-        return values[argument.name]
-    if isinstance(argument, BatchSize):
-        return argument.factor * x.shape[0]
-    if isinstance(argument, BatchConstant):
-        return argument.repeated(x.shape[0]).to(x.device)
-    if isinstance(argument, Tensor):
-        return argument.to(x.device)
-    return [_given(item, values, x) for item in argument] if isinstance(argument, tuple) else argument

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lipcert.bounds.core import RULES
-from lipcert.bounds.graph import BatchConstant, BatchSize, Graph, Ref, call
+from lipcert.bounds.graph import Graph, call, given
 from lipcert.bounds.tracing import trace
 from lipcert.errors import InputError
 from lipcert.quiet import quiet
@@ -75,7 +75,7 @@ class ProgramNetwork(nn.Module):
             return torch.cat([self.forward(one) for one in x.split(1)])
         values: dict[str, Any] = {self.graph.input.name: x}
         for node in self.graph.nodes[1:]:
-            arguments = {key: _given(value, values, x) for key, value in node.arguments.items()}
+            arguments = {key: given(value, values, x) for key, value in node.arguments.items()}
             if node.op == "aten.copy.default":  # the same as torch's operator, which has no derivative
                 result = arguments["src"].expand(arguments["self"].shape)
             else:
@@ -115,18 +115,6 @@ def _example(program: torch.export.ExportedProgram) -> tuple[Any, ...]:
     values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in wanted]
     sizes = [[size if isinstance(size, int) else 2 for size in v.shape] for v in values if isinstance(v, Tensor)]
     return tuple(torch.zeros(size, dtype=value.dtype) for size, value in zip(sizes, values, strict=False))
-
-
-def _given(argument: Any, values: Mapping[str, Any], x: Tensor) -> Any:
-    if isinstance(argument, Ref):
-        return values[argument.name]
-    if isinstance(argument, BatchSize):
-        return argument.factor * x.shape[0]
-    if isinstance(argument, BatchConstant):
-        return argument.repeated(x.shape[0]).to(x.device)
-    if isinstance(argument, Tensor):
-        return argument.to(x) if argument.is_floating_point() else argument.to(x.device)
-    return [_given(item, values, x) for item in argument] if isinstance(argument, tuple) else argument
 
 
 # ------------------------------------------------------------------------------------------------------- the archive
