@@ -95,7 +95,8 @@ def _plain(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
         options["init_weights"] = True
     model = zoo.get_model(short, weights=None, **options)
     size = zoo.get_model_weights(short).DEFAULT.transforms()
-    side = (getattr(size, "crop_size", None) or getattr(size, "resize_size", None) or [224])[0]
+    usual = (getattr(size, "crop_size", None) or getattr(size, "resize_size", None) or [224])[0]
+    side = getattr(model, "image_size", usual)  # a ViT takes no other
     return model, (3, side, side)
 
 

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lipcert.bounds.attention import Rows, coefficients, column_sum
+from lipcert.bounds.attention import Columns, Rows, coefficients, column_sums
 from lipcert.bounds.core import Bound, BoundError, rule
 from lipcert.bounds.graph import BatchConstant, Node, Ref
 from lipcert.bounds.matrix import spectral_norm_upper
@@ -41,7 +41,7 @@ class Part:
 
 @rule("aten.scaled_dot_product_attention.default")
 def scaled_dot_product_attention(node: Node, context: Context) -> Value:
-    """Bound softmax(s QKᵀ + mask) V by |s|R_vR_k L_Q + |s|R_vR_q√c L_K + √c L_V; see `lipcert.bounds.attention`.
+    """Bound softmax(s QKᵀ + mask) V by |s|R_vR_k L_Q + |s|R_vR_q√c' L_K + √c L_V; see `lipcert.bounds.attention`.
 
     A mask M that depends on the input adds R_v L_M, by the same proof with dS = dM, and c is the number of queries.
     """
@@ -208,10 +208,12 @@ def _weights(
     if not math.isfinite(spread) or not bounded:
         spread = math.inf
     try:
-        column = column_sum(spread, hidden[0] if len(hidden) == 1 else None, queries, keys)
+        columns = column_sums(spread, hidden[0] if len(hidden) == 1 else None, queries, keys)
     except ValueError as error:
         raise BoundError(f"{error} ({node.place})") from error
-    found = coefficients(q, k, v, scale, float(queries) if len(hidden) > 1 else column)
+    if len(hidden) > 1:  # their union may leave a row fewer keys than each does
+        columns = Columns(float(queries), float(queries))
+    found = coefficients(q, k, v, scale, columns)
     heads = math.prod(node.shape[:-2])  # what is broadcast to several heads moves them all
     a, b, c = (mul_up(f, sqrt_up(heads / math.prod(p.value.shape[:-2]))) for f, p in zip(found, parts, strict=True))
     return (a, b, c) if math.isfinite(a + b + c) else None

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lipcert.bounds import BoundError, audit
-from lipcert.bounds.attention import Rows, coefficients, column_sum
+from lipcert.bounds.attention import Rows, coefficients, column_sums
 from lipcert.bounds.patterns import lift
 from lipcert.bounds.tracing import trace
 
@@ -155,10 +155,10 @@ def check_inequality(seed):
         return (scores if bias is None else scores + bias).softmax(-1) @ v
 
     spread = 2 * scale + (0.0 if bias is None else float((bias.amax(-1) - bias.amin(-1)).max()))
-    column = column_sum(spread, None, tokens, tokens)
+    columns = column_sums(spread, None, tokens, tokens)
     probabilities = (scale * q @ k.T + (0.0 if bias is None else bias)).softmax(-1)
-    assert float(probabilities.sum(0).max()) <= column
-    bounds = coefficients(Rows(1.0, 1.0), Rows(9.0, 1.0), Rows(9.0, 1.0), scale, column)
+    assert float(probabilities.sum(0).max()) <= columns.plain
+    bounds = coefficients(Rows(1.0, 1.0), Rows(9.0, 1.0), Rows(9.0, 1.0), scale, columns)
     for block, bound in zip(torch.autograd.functional.jacobian(attend, (q, k, v)), bounds, strict=True):
         assert float(torch.linalg.matrix_norm(block.reshape(tokens * width, -1), 2)) <= bound * (1 + 1e-12)
 
@@ -169,7 +169,7 @@ def test_the_value_term_is_attained():
     keys[0, 0] = 1.0
     queries = torch.tensor([[1.0, 0.0]], dtype=torch.float64).expand(9, 2)
     p = (60.0 * queries @ keys.T).softmax(-1)
-    bound = coefficients(Rows(1, 1), Rows(1, 0.5), Rows(1, 1), 60.0, column_sum(60.0, None, 9, 9))[2]
+    bound = coefficients(Rows(1, 1), Rows(1, 0.5), Rows(1, 1), 60.0, column_sums(60.0, None, 9, 9))[2]
     assert float(torch.linalg.matrix_norm(p, 2)) == pytest.approx(bound, rel=1e-9) and bound == pytest.approx(3.0)
 
 
@@ -183,11 +183,28 @@ def test_column_sums_hold_for_scores_of_this_spread(queries, keys, spread, seed)
     bias[:, 0] = 0.0
     for constant in (None, bias):
         p = (scores if constant is None else scores + constant).softmax(-1)
-        assert float(p.sum(0).max()) <= column_sum(spread, constant, queries, keys)
+        found = column_sums(spread, constant, queries, keys)
+        assert float(p.sum(0).max()) <= found.plain
+        for values in (torch.randn(keys, 1, generator=generator).sign().double(), torch.eye(keys).double()):
+            centred = values - (p @ values)[:, None]  # (queries, keys, width), rows of length 1
+            variance = (p * centred.square().sum(-1)).sum(-1, keepdim=True)
+            assert float((p * variance).sum(0).max()) <= found.varying * (1 + 1e-12)
+
+
+def test_the_variance_term_is_attained_where_two_thirds_meet_one_third():
+    """Keys at ±1 with probabilities 2/3 and 1/3, the same for all queries: Σ_i p V = N·16/27."""
+    p = torch.tensor([[2 / 3, 1 / 3]], dtype=torch.float64).expand(9, 2)
+    values = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    variance = (p * (values - (p @ values)[:, None]).square()).sum(-1)
+    assert float((p[:, 0] * variance).sum()) == pytest.approx(column_sums(math.inf, None, 9, 2).varying, rel=1e-9)
+    assert column_sums(math.inf, None, 9, 1).varying == 0.0  # one key: nothing varies
 
 
 def test_scaled_cosine_attention_has_the_constant_of_its_formula():
-    """ν/√ε (τ‖W_Q‖ + τ√c‖W_K‖ + √c‖W_V‖), N = 16, orthogonal weights, ε = 0.01: 56.0 where LipsFormer's has 5420."""
+    """ν/√ε (τ‖W_Q‖ + τ√c'‖W_K‖ + √c‖W_V‖), N = 16, orthogonal weights, ε = 0.01: 56.0 where LipsFormer's has 5420.
+
+    Every probability is below 1/2 here, so c' = c.
+    """
     tau, eps, tokens, dim = 1.0, 0.01, 16, 8
     eye = torch.eye(dim, dtype=torch.float64)
 
@@ -206,7 +223,7 @@ def test_scaled_cosine_attention_has_the_constant_of_its_formula():
 def test_swin_windows_are_a_hundred_times_below_the_published_theorem():
     """Windows of 7x7 tokens and τ = 10, as LipsFormer-Swin has them, unit norms of the projections."""
     tokens, tau = 49, 10.0
-    a, b, c = coefficients(Rows(1, 1), Rows(1, 1), Rows(1, 1), tau, column_sum(2 * tau, None, tokens, tokens))
+    a, b, c = coefficients(Rows(1, 1), Rows(1, 1), Rows(1, 1), tau, column_sums(2 * tau, None, tokens, tokens))
     published = 2 * (tokens * (tokens - 1) * tau + (tokens - 1) * tau + tokens)
     assert published / (a + b + c) > 100
 
