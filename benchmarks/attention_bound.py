@@ -23,6 +23,7 @@ from lipcert.attacks.ascent import lipschitz_lower
 from lipcert.bounds import audit
 from lipcert.bounds.attention import Rows, coefficients, column_sums
 from lipcert.report.drawing import COLOURS, settings, settle, svg
+from lipcert.report.figures import plain_log
 
 
 def ours(tokens: int, tau: float, eps: float) -> float:
@@ -92,11 +93,14 @@ def draw() -> Figure:
             for (name, bound), colour in zip(rows, (COLOURS[1], COLOURS[4], COLOURS[0]), strict=True):
                 axis.plot(tokens, [bound(n, tau, 1.0) for n in tokens], color=colour, label=name)
             axis.set(xscale="log", yscale="log", xlabel="tokens N", title=f"cosine attention, τ = {tau:g}, ε = 1")
+            axis.xaxis.set_major_formatter("{x:g}")
         radii = [0.25 * k for k in range(1, 17)]
         for name, bound, colour in (("Castin et al.", castin, COLOURS[1]), ("lipcert", on_ball, COLOURS[0])):
             axes[2].plot(radii, [bound(64, 0.5, r) for r in radii], color=colour, label=name)
         axes[2].set(yscale="log", xlabel="radius R of the rows", title="dot-product attention, N = 64, A = I/2")
         axes[0].set_ylabel("bound of the Lipschitz constant")
+        for axis in axes:
+            plain_log(axis)
         for axis in axes[::2]:
             axis.legend(loc="upper left")
         return settle(figure)
