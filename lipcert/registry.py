@@ -33,11 +33,13 @@ class Registry:
         self.kind = kind
         self._source = source
         self._entries: dict[str, Callable[..., Any]] = {}
+        self._tasks: dict[str, str] = {}
 
-    def register(self, name: str | None = None) -> Callable[[Function], Function]:
+    def register(self, name: str | None = None, *, task: str = "classification") -> Callable[[Function], Function]:
         """Return a decorator that registers a function under `name` (its own name if none is given).
 
-        A name that is already taken raises ValueError.
+        `task` says what the thing is for: "classification" (one label an image) or "segmentation" (one a pixel). A name
+        that is already taken raises ValueError.
         """
 
         def decorate(function: Function) -> Function:
@@ -49,6 +51,7 @@ class Registry:
                     f"{function.__module__}.{function.__qualname__} needs another name"
                 )
             self._entries[key] = function
+            self._tasks[key] = task
             return function
 
         return decorate
@@ -60,6 +63,18 @@ class Registry:
             return self._entries[name]
         except KeyError:
             raise unknown(self.kind, name, self._entries) from None
+
+    def task(self, name: str) -> str:
+        """Return what `name` is for: "classification" or "segmentation"; an unknown name raises InputError."""
+        self.get(name)
+        return self._tasks[name]
+
+    def require_task(self, name: str, task: str) -> None:
+        """Raise InputError, saying which names would do, unless `name` is for `task`."""
+        found = self.task(name)
+        if found != task:
+            others = ", ".join(other for other in self.list() if self._tasks[other] == task)
+            raise InputError(f"{self.kind} {name} is for {found}, and this is {task}; choose one of {others}")
 
     def list(self, pattern: str = "*") -> list[str]:
         """Return the registered names that match the glob `pattern`, sorted."""
@@ -80,9 +95,7 @@ datasets = Registry("dataset", "lipcert.data")
 losses = Registry("loss", "lipcert.losses")
 
 
-def create_model(
-    name: str, num_classes: int = 10, img_size: int = 32, in_chans: int = 3, **kwargs: Any
-) -> nn.Module:
+def create_model(name: str, num_classes: int = 10, img_size: int = 32, in_chans: int = 3, **kwargs: Any) -> nn.Module:
     """Build the registered model `name` for inputs (n, in_chans, img_size, img_size) in [0, 1].
 
     Further keyword arguments go to the model's function; one that it does not take, an unknown name or a number below 1
