@@ -32,13 +32,13 @@ from lipcert.bounds.values import Value
 class Head:
     """The last linear layer z = W h + b: what certificates per pair of classes are made of.
 
-    `penultimate` bounds h, `weight` is W (K, d). `rows` (K, m), where not None, are those of the whole last affine
-    segment from an anchor bounded by `anchor`, exact up to `error` in the operator norm. `source` and `start` name h
-    and that anchor in the graph.
+    `penultimate` bounds h, `weight` is W (K, d); None where the last operator is another one, and h then the anchor of
+    the last affine segment. `rows` (K, m), where not None, are those of that whole segment from an anchor bounded by
+    `anchor`, exact up to `error` in the operator norm. `source` and `start` name h and that anchor in the graph.
     """
 
     penultimate: Bound
-    weight: Tensor = field(repr=False)
+    weight: Tensor | None = field(repr=False)
     logits: Bound
     anchor: Bound | None = None
     rows: Tensor | None = field(default=None, repr=False)
@@ -51,10 +51,13 @@ class Head:
 
         The smallest of L_h·‖w_i - w_j‖, of the same with the rows of the last segment, and of √2·L.
         """
-        best = _differences(self.weight) * self.penultimate.require_upper()
-        best = torch.minimum(
-            best, torch.full_like(best, mul_up(math.sqrt(2.0) * (1.0 + 2.0**-52), self.logits.require_upper()))
-        )
+        matrix = self.rows if self.weight is None else self.weight
+        if matrix is None:
+            raise BoundError("a head has a last linear layer, or the rows of the last affine segment")
+        whole = mul_up(math.sqrt(2.0) * (1.0 + 2.0**-52), self.logits.require_upper())
+        best = torch.full((len(matrix), len(matrix)), whole, dtype=torch.float64, device=matrix.device)
+        if self.weight is not None:
+            best = torch.minimum(best, _differences(self.weight) * self.penultimate.require_upper())
         if self.rows is not None and self.anchor is not None:
             fused = (_differences(self.rows) + mul_up(2.0, self.error)) * self.anchor.require_upper()
             best = torch.minimum(best, enlarge(fused, 2))
@@ -143,16 +146,17 @@ def audit(
         keep = {graph.output} | ({last[0]} if last else set()) | positions.needed
         context, kept = propagate(graph, method, keep, box or interval, tightness)
         output = kept[graph.output]
-        segment = _last_segment(context, output) if last else None
+        segment = _last_segment(context, output) if len(output.shape) == 2 else None
         upper = context.bound(output)
         position = positions.bound(context, kept)
         head = None
         if last is not None:
             penultimate = context.bound(kept[last[0]])
             head = Head(penultimate, last[1], upper, source=last[0])
-            if segment is not None:
-                anchor, name, matrix, error = segment
-                head = replace(head, anchor=anchor, start=name, rows=matrix, error=error)
+        if segment is not None:
+            anchor, name, matrix, error = segment
+            head = head or Head(anchor, None, upper, source=name)
+            head = replace(head, anchor=anchor, start=name, rows=matrix, error=error)
     needed = [output.index] + ([kept[last[0]].index] if last else [])
     layers = rows(context, needed)
     unbounded = tuple(

@@ -25,6 +25,7 @@ _TOLERANCE = {"float64": 1e-9, "float32": 1e-4}  # of the largest logit; a wrong
 Examples:
   lipcert export runs/digits digits.pt2
   lipcert export runs/digits digits.onnx --precision float32
+  lipcert export runs/cifar10 cifar10.pt2 --blocked 64
   lipcert export torchvision:resnet18 resnet18.pt2
 
 A .pt2 file is an exported program: torch.export.load("digits.pt2").module() is the network. ONNX needs
@@ -40,8 +41,16 @@ pip install 'lipcert[onnx]'."""
     show_default=True,
     help="Type of weights and inputs. Certificates speak of float64, unless made with --deployed float32.",
 )
+@click.option(
+    "--blocked",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Sum inner products in blocks of about N, so that little is lost when float32 is certified; 64 is a good N.",
+)
 @seed_option
-def command(model: str, file: Path, input_shape: tuple[int, ...] | None, precision: str, seed: int) -> None:
+def command(
+    model: str, file: Path, input_shape: tuple[int, ...] | None, precision: str, blocked: int | None, seed: int
+) -> None:
     """Write MODEL to FILE (.pt2 or .onnx): plain operators, weights computed, no dropout, any batch size.
 
     The file is read back and compared with the network before the command says that it is done.
@@ -61,6 +70,10 @@ def command(model: str, file: Path, input_shape: tuple[int, ...] | None, precisi
 
     dtype = getattr(torch, precision)
     network = export(resolved.model).to(dtype)
+    if blocked is not None:
+        from lipcert.blocked import blocked as in_blocks
+
+        network = in_blocks(network, blocked)
     inputs = torch.rand(2, *shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
     with exact():
         program = torch.export.export(network, (inputs,), dynamic_shapes=({0: torch.export.Dim("batch")},))
