@@ -46,9 +46,10 @@ def _blocked(module: nn.Module, length: int) -> nn.Module:
 class BlockedSum(nn.Module):
     """A convolution or linear layer as a pairwise sum over blocks of input channels; plain torch operators."""
 
-    def __init__(self, layer: nn.Module, size: int) -> None:
+    def __init__(self, layer: Any, size: int) -> None:
         super().__init__()
-        self.layer, self.size = layer, size
+        self.layer: Any = layer
+        self.size = size
         self.dim = -1 if isinstance(layer, nn.Linear) else 1
 
     def forward(self, x: Tensor) -> Tensor:  # as the layer
