@@ -19,7 +19,7 @@ from lipcert.bounds.graph import Graph, Ref
 from lipcert.bounds.matrix import scaled
 from lipcert.bounds.patterns import lift
 from lipcert.bounds.positions import Positions
-from lipcert.bounds.program import Program
+from lipcert.bounds.program import Errors, Program
 from lipcert.bounds.propagation import Context, Domain, propagate
 from lipcert.bounds.replay import replay
 from lipcert.bounds.report import LayerBound, describe, rows, table
@@ -46,18 +46,22 @@ class Head:
     source: str = ""
     start: str = ""
 
+    def distances(self) -> Tensor:
+        """Return upper bounds of ‖w_i - w_j‖, (K, K), for the rows of the map from `source` to the logits."""
+        if self.weight is not None:
+            return _differences(self.weight)
+        if self.rows is None:
+            raise BoundError("a head has a last linear layer, or the rows of the last affine segment")
+        return enlarge(_differences(self.rows) + mul_up(2.0, self.error), 2)
+
     def pairwise(self) -> Tensor:
         """Return upper bounds of the Lipschitz constants of z_i - z_j, (K, K) in float64, zero on the diagonal.
 
         The smallest of L_h·‖w_i - w_j‖, of the same with the rows of the last segment, and of √2·L.
         """
-        matrix = self.rows if self.weight is None else self.weight
-        if matrix is None:
-            raise BoundError("a head has a last linear layer, or the rows of the last affine segment")
+        best = enlarge(self.distances() * self.penultimate.require_upper(), 1)
         whole = mul_up(math.sqrt(2.0) * (1.0 + 2.0**-52), self.logits.require_upper())
-        best = torch.full((len(matrix), len(matrix)), whole, dtype=torch.float64, device=matrix.device)
-        if self.weight is not None:
-            best = torch.minimum(best, _differences(self.weight) * self.penultimate.require_upper())
+        best = torch.minimum(best, torch.full_like(best, whole))
         if self.rows is not None and self.anchor is not None:
             fused = (_differences(self.rows) + mul_up(2.0, self.error)) * self.anchor.require_upper()
             best = torch.minimum(best, enlarge(fused, 2))
@@ -87,6 +91,10 @@ class Audit:
             return self.head.pairwise()
         value = mul_up(math.sqrt(2.0) * (1.0 + 2.0**-52), self.upper.require_upper())
         return torch.full((self.outputs, self.outputs), value, dtype=torch.float64).fill_diagonal_(0.0)
+
+    def evaluate(self, x: Tensor, precision: str = "float64", radius: float = 0.0) -> tuple[Tensor, Errors]:
+        """Return the outputs at x, (n, *input_shape), and bounds of their rounding errors; see `Program.evaluate`."""
+        return self.program.evaluate_from(None if self.head is None else self.head.source, x, precision, radius)
 
     def to_json(self) -> dict:
         """Return the audit as JSON-able data; infinities are the string "inf"."""

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,25 @@ from lipcert.bounds.values import Derivation, Step
 SLACK = 1.0 + 2.0**-40
 TINY = {"float64": 2.0**-1022, "float32": 2.0**-126}  # below it results may be flushed to zero
 LARGE = {"float64": 2.0**1000, "float32": 2.0**120}  # above it something may overflow
+
+
+@dataclass(frozen=True)
+class Errors:
+    """l2 bounds of the rounding error of results, for each image (n,): of all of it, and of its two parts.
+
+    The result is an affine map M of an earlier value: its error is M times that of the value, at most `before`, plus
+    what arises in the map, at most `since`. So a difference of two entries errs by ‖m_i - m_j‖·before + √2·since at
+    most, which is far less than 2·whole where the rows of M differ by little.
+    """
+
+    whole: Tensor
+    before: Tensor
+    since: Tensor
+
+    def __add__(self, other: Errors) -> Errors:
+        return Errors(
+            (self.whole + other.whole) * SLACK, (self.before + other.before) * SLACK, (self.since + other.since) * SLACK
+        )
 
 
 class Program:
@@ -77,20 +96,39 @@ class Program:
         a margin of the deployed program in the whole ball. Errors are ∞ where nothing is proved. Inputs count as exact.
         Raises BoundError for another shape, precision, or for an input that is not finite.
         """
+        output, errors = self.evaluate_from(None, x, precision, radius)
+        return output, errors.whole
+
+    def evaluate_from(
+        self, source: str | None, x: Tensor, precision: str = "float64", radius: float = 0.0
+    ) -> tuple[Tensor, Errors]:
+        """Return the outputs as `evaluate`, and their errors in two parts.
+
+        The result must be an affine function of the value `source` (None: the whole error alone).
+        """
         if precision not in UNIT or not 0.0 <= radius < math.inf:
             raise BoundError(
                 f"precision is {' or '.join(UNIT)} and radius ≥ 0 finite, got {precision!r} and {radius!r}"
             )
         output, norms = self._run(x)
         zero = torch.zeros_like(norms[0])
-        index = len(self.graph.nodes) - 1
-        errors, rough = self._errors("float64", lambda i, _: norms[i], zero, own=True)
+        exact, rough, fresh = self._errors("float64", lambda i, _: norms[i], zero, own=True)
+        found = self._parts(source, exact, fresh, zero)
         if precision == "float64" and radius == 0.0:
-            return output, errors[index]
+            return output, found
         reach = self._reach(radius)
         largest = [norm + r + reach[i] for i, (norm, r) in enumerate(zip(norms, rough, strict=True))]
-        deployed, _ = self._errors(precision, lambda i, passed: largest[i] + passed, zero, own=False)
-        return output, (errors[index] + deployed[index]) * SLACK
+        exact, _, fresh = self._errors(precision, lambda i, passed: largest[i] + passed, zero, own=False)
+        return output, found + self._parts(source, exact, fresh, zero)
+
+    def _parts(
+        self, source: str | None, exact: Mapping[int, Tensor], fresh: Sequence[Tensor], zero: Tensor
+    ) -> Errors:
+        index = len(self.graph.nodes) - 1
+        if source is None:
+            return Errors(exact[index], exact[index], zero)
+        start = next(i for i, node in enumerate(self.graph.nodes) if node.name == source)
+        return Errors(exact[index], exact[start], self._local(index, (start,), fresh, {}, zero))
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
@@ -137,8 +175,8 @@ class Program:
 
     def _errors(
         self, precision: str, norm: Callable[[int, Tensor | float], Tensor], zero: Tensor, *, own: bool
-    ) -> tuple[dict[int, Tensor], list[Tensor]]:
-        """Return e(v) of every value with a derivation, and a rough e of every value by cheap constants alone.
+    ) -> tuple[dict[int, Tensor], list[Tensor], list[Tensor]]:
+        """Return e(v) of every value with a derivation, of every value by cheap constants alone, and of each operator.
 
         `norm(i, passed)` bounds the norm of the exact result of operator i on its computed arguments, and, of computed
         arguments, their own; `passed` is the error that came in with them. `own`: evaluated here, not deployed.
@@ -170,7 +208,7 @@ class Program:
                 carried = torch.where(exact[source] <= margin, carried, math.inf)
             inside = self._local(index, derivation.sources, fresh, local, zero)
             exact[index] = torch.minimum((carried + inside) * SLACK, rough[index])
-        return exact, rough
+        return exact, rough, fresh
 
     def _fresh(
         self, index: int, step: Step, precision: str, norm: Callable[[int, Tensor | float], Tensor], passed: Tensor,

@@ -1,9 +1,9 @@
 """From margins and bounds to certified l2 radii, image by image.
 
-With logits z, a bound L_yj of the Lipschitz constant of z_y − z_j and a bound E of the rounding error of the logit
-vector, the prediction y cannot change within
+With logits z, a bound L_yj of the Lipschitz constant of z_y − z_j and a bound E_yj of the rounding error of z_y − z_j
+(at most 2E with E for the logit vector), the prediction y cannot change within
 
-    r = min over j ≠ y of (z_y − z_j − 2E) / L_yj
+    r = min over j ≠ y of (z_y − z_j − E_yj) / L_yj
 
 (Tsuzuku et al. 2018; pairwise constants as in Leino et al. 2021, GloRo, where L_yj = L_h‖w_y − w_j‖). What differs from
 the published evaluations: every operation is rounded towards a smaller radius; ties, NaN and infinities certify
@@ -36,6 +36,7 @@ from lipcert.proof import require_finite
 
 if TYPE_CHECKING:
     from lipcert.bounds.audit import Audit
+    from lipcert.bounds.program import Errors
 
 RADII = (36 / 255, 72 / 255, 108 / 255, 1.0)
 PRECISIONS = ("float64", "float32")
@@ -62,7 +63,8 @@ class Row:
 
 
 def radii_from_margins(
-    logits: Tensor, error: Tensor, pairwise: Tensor, *, largest: float = math.inf
+    logits: Tensor, error: Tensor, pairwise: Tensor, *, largest: float = math.inf,
+    parts: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
     """Return (predict, radius, margin) of each image, the radius rounded down.
 
@@ -70,6 +72,8 @@ def radii_from_margins(
         logits: (n, k), float64 or exactly representable there.
         error: (n,), l2 bounds of the rounding errors of the logit vectors.
         pairwise: (k, k), upper bounds of the Lipschitz constants of z_i − z_j.
+        parts: (before (n,), distances (k, k), since (n,)): the difference z_i − z_j errs by before·distances_ij +
+            √2·since at most, which is taken where it is less than 2·error.
         largest: No radius is greater; certificates take the diameter of the input domain. A pair of logits whose
             difference is constant (L = 0) never changes its order: this, or the largest float, is its finite statement.
 
@@ -94,8 +98,13 @@ def radii_from_margins(
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         own = z[images, first]
         margin = np.where(is_number, own - others.max(axis=1), np.nan)
+        doubt = np.repeat(2 * e[:, None], z.shape[1], axis=1)  # (n, k)
+        if parts is not None:
+            before, distances, since = (t.detach().to("cpu", torch.float64).numpy() for t in parts)
+            finer = before[:, None] * distances[first] + math.sqrt(2) * since[:, None]
+            doubt = np.fmin(doubt, finer * (1 + 2.0**-48))  # more than its four roundings
         # (n, k): a difference, a difference and a quotient, each at most half a unit above the exact value
-        gap = np.nextafter(np.nextafter(own[:, None] - z, -np.inf) - 2 * e[:, None], -np.inf)
+        gap = np.nextafter(np.nextafter(own[:, None] - z, -np.inf) - doubt, -np.inf)
         radius = np.nextafter(gap / lipschitz[first], -np.inf)
     radius[lipschitz[first] == 0] = min(largest, sys.float_info.max)
     radius[~(gap > 0)] = 0.0  # also NaN
@@ -117,30 +126,38 @@ def rows_of_batches(
         raise InputError(f"unknown precision {precision!r}; certificates are about {' or '.join(PRECISIONS)}")
     require_finite(audit)
     pairwise = audit.pairwise() if pairwise is None else pairwise
+    distances = None if audit.head is None else audit.head.distances()
     largest = diameter(audit.domain, audit.input_shape)
     for images, labels in batches:
         start = time.perf_counter()
         _check(images, audit)
         with exact():
-            logits, error = audit.program.evaluate(images.double())
-            predict, radius, margin = radii_from_margins(logits, error, pairwise, largest=largest)
+            logits, errors = audit.evaluate(images.double())
+            predict, radius, margin = _radii(logits, errors, pairwise, distances, largest)
             if precision == "float32":
                 # What the float32 program may be off grows with the distance from the image. Taken at the radius that
                 # holds in real arithmetic, it bounds the error in every smaller ball, and the radius of the float32
                 # program is smaller: so one step is a proof.
                 reach = float(radius.max(initial=0.0))
-                logits, error = audit.program.evaluate(images.double(), precision="float32", radius=reach)
-                predict, radius, margin = radii_from_margins(logits, error, pairwise, largest=largest)
+                logits, errors = audit.evaluate(images.double(), precision="float32", radius=reach)
+                predict, radius, margin = _radii(logits, errors, pairwise, distances, largest)
         if int(labels.max()) >= len(pairwise):
             raise InputError(f"there is a label {int(labels.max())}, but the network has {len(pairwise)} classes")
         seconds = (time.perf_counter() - start) / len(labels)
         hashes = [image_sha256(image) for image in images.cpu().numpy()]
-        columns = (labels.tolist(), predict.tolist(), radius.tolist(), margin.tolist(), error.tolist(), hashes)
+        columns = (labels.tolist(), predict.tolist(), radius.tolist(), margin.tolist(), errors.whole.tolist(), hashes)
         yield [
             Row(first + i, label, y, r, int(label == y), seconds, m, e, h)
             for i, (label, y, r, m, e, h) in enumerate(zip(*columns, strict=True))
         ]
         first += len(labels)
+
+
+def _radii(
+    logits: Tensor, errors: Errors, pairwise: Tensor, distances: Tensor | None, largest: float
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
+    parts = None if distances is None else (errors.before, distances, errors.since)
+    return radii_from_margins(logits, errors.whole, pairwise, largest=largest, parts=parts)
 
 
 def image_sha256(image: NDArray[Any]) -> str:

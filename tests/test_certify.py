@@ -15,6 +15,7 @@ from torch import nn
 
 from lipcert.attacks import Ensemble, autoattack
 from lipcert.bounds import Bound
+from lipcert.bounds.program import Errors
 from lipcert.certify import (
     Row,
     certify,
@@ -92,6 +93,18 @@ def test_doubtful_logits_certify_nothing(logits, error, predict):
     assert (got[1], radius[1]) == (0, pytest.approx(2.5, rel=1e-15))  # the neighbour is not disturbed
 
 
+def test_errors_of_differences_are_taken_where_they_are_smaller():
+    """(z_y - z_j - min(2E, before·d_yj + √2·since)) / L, never above the exact value and hardly below."""
+    z, constants = [3.0, 2.0, 1.0], np.full((3, 3), 2.0).tolist()
+    near = torch.tensor([[0.0, 0.1, 9.0], [0.1, 0.0, 9.0], [9.0, 9.0, 0.0]])
+    for e, before, since in ((0.4, 0.5, 0.1), (0.01, 5.0, 0.0), (0.4, 0.0, 0.0), (0.4, INF, 0.0), (0.4, 0.5, 0.2)):
+        parts = (torch.tensor([before]), near, torch.tensor([since]))
+        _, radius, _ = radii([z], [e], constants, parts=parts)
+        doubts = [min(2 * e, before * float(near[0, j]) + math.sqrt(2) * since) for j in (1, 2)]
+        truth = min((z[0] - z[j] - doubt) / 2.0 for j, doubt in zip((1, 2), doubts, strict=True))
+        assert truth * (1 - 1e-6) <= radius[0] <= truth * (1 + 1e-7) and (radius[0] < truth or before in (0.0, INF))
+
+
 def test_constants_of_zero_and_infinity():
     free = [[0.0, 0.0], [0.0, 0.0]]
     assert radii([[1.0, 0.0]], [0.0], free)[1][0] == sys.float_info.max
@@ -128,6 +141,9 @@ class Head:
     def pairwise(self):
         return self.constants
 
+    def distances(self):
+        return torch.full_like(self.constants, INF)  # 2E is taken
+
 
 class Program:
     def __init__(self, model, error):
@@ -150,6 +166,10 @@ class Stub:
     domain: tuple[float, float] = (0.0, 1.0)
     unbounded: tuple[tuple[str, str, str], ...] = ()
     box: None = None
+
+    def evaluate(self, x, precision="float64", radius=0.0):
+        logits, error = self.program.evaluate(x, precision, radius)
+        return logits, Errors(error, error, error)
 
     def pairwise(self):
         constants = torch.full((4, 4), math.sqrt(2) * self.upper.value, dtype=torch.float64)

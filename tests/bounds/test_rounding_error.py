@@ -165,3 +165,29 @@ def test_an_empty_batch_has_no_rows():
 
 def test_examples():
     assert doctest.testmod(lipcert.bounds.evaluation).failed == 0
+
+
+@pytest.mark.parametrize("last", ["linear", "sum"])
+def test_differences_of_logits_err_by_their_own_rows(last: str) -> None:
+    """Rows that are nearly equal: what errs before them cancels, and the bound of a difference says so."""
+    torch.manual_seed(0)
+    common = torch.randn(1, 64)
+    head = nn.Linear(64, 5)
+    head.weight.data = 3 * common + 0.1 * torch.randn(5, 64)
+    features = nn.Sequential(nn.Flatten(), nn.Linear(48, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh())
+    if last == "linear":
+        model = nn.Sequential(features, head)
+    else:  # no last linear operator: the rows of the last affine segment
+        model = Apply(lambda m, x: m.b(m.a(x)) - 0.5, a=features, b=head)
+    result = audit(model, (3, 4, 4))
+    assert result.head is not None
+    x = torch.rand(64, 3, 4, 4)
+    exact, _ = result.evaluate(x.double())
+    _, errors = result.evaluate(x.double(), "float32", 0.0)
+    happened = (model.float()(x).double() - exact).detach()
+    pairs = (happened[:, :, None] - happened[:, None]).abs()
+    allowed = errors.before[:, None, None] * result.head.distances() + 2**0.5 * errors.since[:, None, None]
+    assert bool((pairs <= allowed).all())
+    assert float((allowed / (2 * errors.whole[:, None, None])).max()) < 0.5
+    rows = head.weight.double()
+    assert bool((result.head.distances() >= (rows[:, None] - rows).norm(dim=-1) * (1 - 1e-12)).all())
