@@ -35,7 +35,7 @@ from lipcert.export import export
 from lipcert.files import require_writable, write_json, write_text
 from lipcert.layers import pairwise_distances
 from lipcert.models.network import PartNetwork
-from lipcert.registry import create_model, losses
+from lipcert.registry import create_model, losses, models
 from lipcert.runtime import Processes, environment, processes, seed_everything, select_device
 
 log = logging.getLogger(__name__)
@@ -123,6 +123,7 @@ class _Training:
         self.config, self.folder, self.device, self.group, self.progress = config, folder, device, group, progress
         if config.batch_size % group.world:
             raise InputError(f"batch_size {config.batch_size} must be a multiple of the {group.world} processes")
+        models.require_task(config.model, "classification")
         self.loss = losses.get(config.loss)
         parse_augmentation(config.augment)  # a wrong name is found before anything is written
         # The split has a seed of its own: runs that differ in their seed share it, and never train on each other's

@@ -25,7 +25,8 @@ def command(data_root: str | None, download: str | None, json_file: str | None) 
     from lipcert.registry import datasets
 
     if download is not None:
-        data.load(download, data_root, "test", download=True)
+        read = data.load if datasets.task(download) == "classification" else data.load_scenes
+        read(download, data_root, "test", download=True)
     place = data.data_root(data_root)
     sources = [data.info(name) for name in datasets.list()]
     if json_file:
@@ -37,13 +38,16 @@ def command(data_root: str | None, download: str | None, json_file: str | None) 
 
 
 def _record(source, place) -> dict:
+    from lipcert.registry import datasets
+
     missing = source.missing(place)
     return {
         "name": source.name,
         "train": source.sizes[0],
         "test": source.sizes[1],
         "classes": source.num_classes,
-        "shape": [source.in_chans, source.img_size, source.img_size],
+        "task": datasets.task(source.name),
+        "shape": list(source.shape),
         "augment": source.augment,
         "present": missing is None,
         "missing": None if missing is None else str(missing),
@@ -59,4 +63,4 @@ def _row(source, place) -> tuple[str, ...]:
     else:
         files = source.get if not source.needs else str(place / source.needs[0])
     sizes = (str(source.sizes[0]), str(source.sizes[1]), str(source.num_classes))
-    return (source.name, *sizes, f"{source.in_chans},{source.img_size},{source.img_size}", source.augment, files)
+    return (source.name, *sizes, ",".join(map(str, source.shape)), source.augment, files)

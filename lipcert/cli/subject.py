@@ -71,14 +71,20 @@ def load_subject(
     from lipcert import data as datasets
     from lipcert.config import load_config
     from lipcert.export import export
+    from lipcert.registry import models
     from lipcert.runtime import select_device
 
     place = select_device(device)
+    if data is not None:
+        datasets.require_task(data, "classification")
     source = None if data is None else datasets.info(data)
     if source is None:
         resolved = resolve_model(model, seed=seed)
     else:
         resolved = resolve_model(model, num_classes=source.num_classes, input_shape=_shape(source), seed=seed)
+    known = resolved.config.get("model")
+    if isinstance(known, str) and known in models:
+        models.require_task(known, "classification")
     data = data or resolved.config.get("data")
     if data is None:
         raise InputError(f"nothing says which images to use with {model}; name a data set with --data")
@@ -116,4 +122,4 @@ def progress(done: int, total: int, label: str) -> Iterator[Callable[[int], None
 
 
 def _shape(source: Any) -> tuple[int, int, int]:
-    return (source.in_chans, source.img_size, source.img_size)
+    return source.shape

@@ -1,24 +1,31 @@
 """Data sets by name, their splits, and batches for training and certification.
 
-`load` reads; `info` says what there is to read; `loader` makes batches. A new data set is one file with a function
-that returns a `Source`, registered with `lipcert.registry.datasets`, and one line in the imports below.
+`load` reads; `info` says what there is to read; `loader` makes batches. `load_scenes` and `scene_loader` are the same
+for segmentation, where every pixel has a label. A new data set is one file with a function that returns a `Source`,
+registered with `lipcert.registry.datasets`, and one line in the imports below.
 """
 
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from lipcert.data import ade20k as ade20k
 from lipcert.data import digits as digits
 from lipcert.data import folders as folders
+from lipcert.data import segmentation as segmentation
 from lipcert.data import torchvision as torchvision
 from lipcert.data.batches import Batches as Batches
 from lipcert.data.batches import loader as loader
 from lipcert.data.record import Dataset as Dataset
 from lipcert.data.record import Samples as Samples
 from lipcert.data.record import Source as Source
+from lipcert.data.scene_batches import scene_loader as scene_loader
+from lipcert.data.scenes import Scenes as Scenes
 from lipcert.errors import InputError
 from lipcert.registry import datasets
 
@@ -57,21 +64,12 @@ def load(
     >>> load("digits", split="test").images.shape
     torch.Size([360, 1, 8, 8])
     """
+    require_task(name, "classification")
     source = info(name)
-    if split not in SPLITS:
-        raise InputError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
     if img_size not in (None, source.img_size) and not source.resizes:
         raise InputError(f"{name} has images of {source.img_size} pixels a side; leave out img_size {img_size}")
     size = img_size or source.img_size
-    place = data_root(root)
-    missing = source.missing(place)
-    if missing is not None and not (download and source.downloads):
-        raise InputError(f"{name} is not there: {missing} is missing; {_remedy(source)}")
-    part = "val" if split == "val" and "val" in source.parts else "test" if split == "test" else "train"
-    samples = source.read(place, part, download and missing is not None, size)
-    if part == "train" and "val" not in source.parts:
-        fraction = source.val_fraction if val_fraction is None else val_fraction
-        samples = samples.select(_part_of_training(len(samples.labels), split, fraction, seed))
+    samples = _read(source, root, split, download, val_fraction, seed, size)
     return Dataset(
         images=samples.images,
         labels=samples.labels,
@@ -82,6 +80,68 @@ def load(
         in_chans=source.in_chans,
         default_augment=source.augment,
     )
+
+
+def load_scenes(
+    name: str,
+    root: str | os.PathLike[str] | None = None,
+    split: str = "train",
+    download: bool = False,
+    val_fraction: float | None = None,
+    seed: int = 0,
+    img_size: int | tuple[int, int] | None = None,
+) -> Scenes:
+    """Read one split of the segmentation set `name` ("camvid", "ade20k", …): see `load` for the other arguments.
+
+    `img_size` is a side or (height, width) that all images and masks are scaled to; None leaves them as they are.
+    Classes are numbers from 0 on, and `lipcert.data.scenes.IGNORE` wherever a pixel has none.
+    """
+    require_task(name, "segmentation")
+    sides = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if sides is not None and (len(sides) != 2 or min(sides) < 1):
+        raise InputError(f"img_size must be a side or (height, width) of at least 1, got {img_size}")
+    source = info(name)
+    scenes: Scenes = _read(source, root, split, download, val_fraction, seed, sides)
+    return replace(scenes, name=name, split=split, default_augment=source.augment)
+
+
+def require_task(name: str, task: str) -> None:
+    """Raise InputError, saying what else there is, unless the data set `name` is for `task` (folders: one label each).
+
+    >>> require_task("camvid", "classification")
+    Traceback (most recent call last):
+        ...
+    lipcert.errors.InputError: dataset camvid is for segmentation, and this is classification; choose one of cifar10, \
+cifar100, digits, fashion-mnist, imagenet, mnist, tiny-imagenet
+    """
+    if not name.startswith("folder:"):
+        datasets.require_task(name, task)
+    elif task != "classification":
+        raise InputError(f"{name} has one label an image, and this is {task}; choose one of the sets for {task}")
+
+
+def _read(
+    source: Source,
+    root: str | os.PathLike[str] | None,
+    split: str,
+    download: bool,
+    val_fraction: float | None,
+    seed: int,
+    size: Any,
+) -> Any:
+    """Read one split as the source's kind of record."""
+    if split not in SPLITS:
+        raise InputError(f"unknown split {split!r}; the splits are {', '.join(SPLITS)}")
+    place = data_root(root)
+    missing = source.missing(place)
+    if missing is not None and not (download and source.downloads):
+        raise InputError(f"{source.name} is not there: {missing} is missing; {_remedy(source)}")
+    part = "val" if split == "val" and "val" in source.parts else "test" if split == "test" else "train"
+    samples = source.read(place, part, download and missing is not None, size)
+    if part == "train" and "val" not in source.parts:
+        fraction = source.val_fraction if val_fraction is None else val_fraction
+        samples = samples.select(_part_of_training(len(samples), split, fraction, seed))
+    return samples
 
 
 def _part_of_training(n: int, split: str, fraction: float, seed: int) -> torch.Tensor:

@@ -59,7 +59,7 @@ def loader(
     if change.resized_crop and not isinstance(dataset.images, ImageFiles):
         raise InputError(f"resizedcrop needs image files, and {dataset.name} has none; use shift4 instead")
     if workers is None:
-        workers = min(8, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
+        workers = cores()
     return Batches(dataset, batch_size, shuffle, seed, epoch, change, drop_last, rank, world, start_batch, workers)
 
 
@@ -95,22 +95,22 @@ class Batches:
     def _chunks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield the number of each step and the indices of its images in all processes."""
         n, step = len(self.dataset), self.world * self.batch_size
-        order = torch.randperm(n, generator=_generator(self.seed, self.epoch)) if self.shuffle else torch.arange(n)
+        order = torch.randperm(n, generator=generator_of(self.seed, self.epoch)) if self.shuffle else torch.arange(n)
         for batch in range(self.start_batch, self.total):
             yield batch, order[batch * step : (batch + 1) * step]
 
     def _at_once(self, images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         mine = slice(self.rank, None, self.world)
         for batch, indices in self._chunks():
-            draws = draw(self.augment, len(indices), _generator(self.seed, self.epoch, batch))[:, mine]
+            draws = draw(self.augment, len(indices), generator_of(self.seed, self.epoch, batch))[:, mine]
             chosen = indices[mine].to(images.device)
-            yield _pixels(shift_and_flip(images[chosen], self.augment, draws)), self.dataset.labels[chosen]
+            yield to_pixels(shift_and_flip(images[chosen], self.augment, draws)), self.dataset.labels[chosen]
 
     def _one_by_one(self) -> Iterator[tuple[Tensor, Tensor]]:
         step = self.world * self.batch_size
         batches = [
             [
-                (int(indices[place]), _seed(self.seed, self.epoch, batch * step + place))
+                (int(indices[place]), seed_of(self.seed, self.epoch, batch * step + place))
                 for place in range(self.rank, len(indices), self.world)
             ]
             for batch, indices in self._chunks()
@@ -120,11 +120,11 @@ class Batches:
             batch_sampler=batches,
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
-            generator=_generator(self.seed, self.epoch),  # else it would draw from the global one
+            generator=generator_of(self.seed, self.epoch),  # else it would draw from the global one
         )
         try:
             for images, labels in reader:
-                yield _pixels(images), labels
+                yield to_pixels(images), labels
         except InputError as error:  # from a worker it comes with a traceback in its text
             raise InputError(str(error).strip().splitlines()[-1].removeprefix("lipcert.errors.InputError: ")) from error
 
@@ -144,15 +144,20 @@ class _Drawn(MapStyle[tuple[Tensor, Tensor]]):
         return (image if self.transform is None else self.transform(image, seed)), self.labels[index]
 
 
-def _pixels(images: Tensor) -> Tensor:
+def cores() -> int:
+    """Return how many worker processes are worth having: one a core that this process may use, at most 8."""
+    return min(8, len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1)
+
+
+def to_pixels(images: Tensor) -> Tensor:
     """Return float32 in [0, 1]: bytes are divided by 255, floats are that already."""
     return images.to(torch.float32) if images.is_floating_point() else images.to(torch.float32).div_(255)
 
 
-def _seed(*numbers: int) -> int:
+def seed_of(*numbers: int) -> int:
     """Hash a tuple of numbers to a seed, the same on every machine."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "big") >> 1
 
 
-def _generator(*numbers: int) -> torch.Generator:
-    return torch.Generator().manual_seed(_seed(*numbers))
+def generator_of(*numbers: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_of(*numbers))

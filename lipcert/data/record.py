@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ class Samples:
     labels: Tensor  # (n,) int64
     classes: tuple[str, ...]
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
     def select(self, indices: Tensor) -> Self:  # (m,) int64
         """Return the images at `indices`, in that order."""
         if isinstance(self.images, Tensor):
@@ -32,9 +36,10 @@ class Samples:
 class Source:
     """A data set that can be loaded by name: `lipcert.registry.datasets` holds functions that return one.
 
-    `read(root, part, download, img_size)` reads one of `parts`; where "val" is none of them, the validation images
-    are taken from "train". `needs` are the paths below the root that must exist; `get` says where the files come
-    from.
+    `read(root, part, download, img_size)` reads one of `parts` as `Samples`, or as `lipcert.data.scenes.Scenes` where
+    the set is for segmentation and img_size a pair (height, width) or None; where "val" is none of the parts, the
+    validation images are taken from "train". `needs` are the paths below the root that must exist; `get` says where the
+    files come from.
     """
 
     name: str
@@ -42,7 +47,7 @@ class Source:
     img_size: int
     in_chans: int
     sizes: tuple[int, int]  # images for training and validation, images for testing
-    read: Callable[[Path, str, bool, int], Samples]
+    read: Callable[[Path, str, bool, Any], Any]
     parts: tuple[str, ...] = ("train", "test")
     needs: tuple[str, ...] = ()
     get: str = ""
@@ -50,6 +55,11 @@ class Source:
     resizes: bool = False  # whether img_size can be chosen
     augment: str = "none"  # what "default" stands for
     val_fraction: float = 0.1
+    height: int | None = None  # where the images are not square; then img_size is their width
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (self.in_chans, self.height or self.img_size, self.img_size)
 
     def missing(self, root: Path) -> Path | None:
         """Return the first path that must exist below `root` and doesn't."""
@@ -72,9 +82,6 @@ class Dataset(Samples):
     @property
     def num_classes(self) -> int:
         return len(self.classes)
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def first(self, limit: int | None) -> Self:
         """Return the first `limit` images, or all of them for None."""

@@ -77,7 +77,8 @@ class EfficientSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:  # (n, height width, dim) -> the same
         few = x if self.reduction == 1 else self.norm(tokens(self.reduce(image(x, height, width))))
-        out = F.scaled_dot_product_attention(*(self._split(t) for t in (self.q(x), self.k(few), self.v(few))))
+        q, k, v = self._split(self.q(x)), self._split(self.k(few)), self._split(self.v(few))
+        out = F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:  # (n, tokens, dim) -> (n, heads, tokens, dim / heads)
