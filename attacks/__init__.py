@@ -8,5 +8,17 @@ if __name__ != "lipcert.attacks":
 
 from lipcert.attacks.ascent import LowerBound, lipschitz_lower
 from lipcert.attacks.autoattack import Attacked, Ensemble, autoattack
+from lipcert.attacks.segmentation import SceneAttacked, SceneEnsemble, attack_scenes, worst_accuracy, worst_miou
 
-__all__ = ["Attacked", "Ensemble", "LowerBound", "autoattack", "lipschitz_lower"]
+__all__ = [
+    "Attacked",
+    "Ensemble",
+    "LowerBound",
+    "SceneAttacked",
+    "SceneEnsemble",
+    "attack_scenes",
+    "autoattack",
+    "lipschitz_lower",
+    "worst_accuracy",
+    "worst_miou",
+]
