@@ -19,20 +19,26 @@ docs/segmentation.md has the statements and their proofs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from lipcert.bounds.rounding import gamma, sqrt_up
 from lipcert.data.scenes import IGNORE as IGNORE
 from lipcert.errors import InputError
 from lipcert.flips import Floats, down, most_flips
 from lipcert.iou import Frontier, certified_iou, certified_recall, clean_iou, frontier
+from lipcert.numerics import exact
+from lipcert.proof import require_finite
+
+if TYPE_CHECKING:
+    from lipcert.bounds.audit import Audit
 
 SQRT2 = sqrt_up(2.0)
 
@@ -188,6 +194,43 @@ def certify_scenes(
         radius: summarise(table[table["eps"] == radius], images[radius], classes) for radius in images
     }
     return table
+
+
+def certify_segmentation(
+    audit: Audit,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    eps: Sequence[float],
+    *,
+    precision: str = "float64",
+    classes: Sequence[str] | None = None,
+) -> pd.DataFrame:
+    """Certify an audited network on batches of images (n, c, h', w') in its domain and labels (n, h, w).
+
+    The labels are those of the logits' positions: `lipcert.data.scene_loader(..., mask_stride=…)`. Both constants are
+    the audit's, of the logits. With "float32" the statements are about the float32 program, as in `lipcert.certify`:
+    its error is bounded in the largest of the balls. Returns what `certify_scenes` does. Raises InputError for a
+    network without a finite bound, and for images of another shape or outside the domain.
+    """
+    require_finite(audit)
+    if not eps:
+        raise InputError("there is no eps to certify; give at least one")
+    radius = max(eps) if precision == "float32" else 0.0
+    low, high = audit.domain
+
+    def evaluated() -> Iterator[tuple[ArrayLike, ArrayLike, float]]:
+        for images, labels in batches:
+            if tuple(images.shape[1:]) != tuple(audit.input_shape) or audit.box is not None:
+                raise InputError(
+                    f"the bound is for inputs {tuple(audit.input_shape)}; audit the model for these images"
+                )
+            if not ((images >= low) & (images <= high)).all():
+                raise InputError(f"the bound holds for inputs in [{low}, {high}], and some lie outside; scale them")
+            with exact():
+                logits, errors = audit.program.evaluate(images.double(), precision=precision, radius=radius)
+            yield from zip(logits.cpu().numpy(), labels.cpu().numpy(), errors.tolist(), strict=True)
+
+    position = None if audit.position is None else audit.position.require_upper()
+    return certify_scenes(evaluated(), eps, audit.upper.require_upper(), position, classes=classes)
 
 
 def summarise(

@@ -16,7 +16,7 @@ from torch import nn
 
 from lipcert.bounds import audit
 from lipcert.errors import InputError
-from lipcert.segment import IGNORE, SQRT2, certify_scenes, clearances, count, frontiers, radii
+from lipcert.segment import IGNORE, SQRT2, certify_scenes, certify_segmentation, clearances, count, frontiers, radii
 
 LOGITS = st.integers(2, 6).flatmap(
     lambda k: st.lists(st.lists(st.integers(-8, 8), min_size=k, max_size=k), min_size=1, max_size=4)
@@ -285,3 +285,48 @@ def test_what_does_not_fit_is_refused(call, error: type[Exception], message: str
 
 def test_the_root_of_two_is_rounded_up() -> None:
     assert Fraction(SQRT2) ** 2 > 2 > Fraction(math.nextafter(SQRT2, 0)) ** 2
+
+
+class Enlarged(nn.Module):
+    """Logits at stride 4, then at the size of the image: each position is as steep as before, all together are not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 4, stride=4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.interpolate(self.conv(x), scale_factor=4, mode="bilinear")
+
+
+def test_an_audit_brings_both_constants() -> None:
+    """Upsampling by 4 makes `joint` four times `pixel`; all pixels of 4 x 4 cells pay for that only once."""
+    torch.manual_seed(0)
+    model = Enlarged().double().eval()
+    with torch.no_grad():
+        model.conv.weight *= 3
+    images, labels = torch.rand(2, 1, 16, 16), torch.randint(0, 3, (2, 16, 16))
+    found = audit(model, (1, 16, 16))
+    assert found.position is not None
+    joint, pixel = found.upper.require_upper(), found.position.require_upper()
+    assert 3.5 < joint / pixel < 4 + 1e-9
+    eps = [0.01, 0.05]
+    rows = certify_segmentation(found, [(images, labels)], eps, classes=("a", "b", "c"))
+    with torch.no_grad():
+        logits = model(images.double()).numpy()
+    expected = certify_scenes([(logits[i], labels[i].numpy(), 1e-9) for i in range(2)], eps, joint, pixel)
+    alone = certify_scenes([(logits[i], labels[i].numpy(), 1e-9) for i in range(2)], eps, joint)
+    columns = ["pixels", "stable", "valid", "correct", "certified", "certified_alone"]
+    assert (rows[columns] == expected[columns]).all().all() and list(rows.attrs["summary"][0.01]["iou"]) == [
+        "a",
+        "b",
+        "c",
+    ]
+    assert (rows["stable"] >= alone["stable"]).all() and rows["stable"].sum() > alone["stable"].sum()
+    deployed = certify_segmentation(found, [(images, labels)], eps, precision="float32")
+    assert (deployed["certified"] <= rows["certified"]).all() and deployed["certified"].sum() > 0
+    with pytest.raises(InputError, match=r"the bound is for inputs \(1, 16, 16\)"):
+        certify_segmentation(found, [(images[:, :, :8], labels[:, :8])], eps)
+    with pytest.raises(InputError, match="and some lie outside; scale them"):
+        certify_segmentation(found, [(images * 2, labels)], eps)
+    with pytest.raises(InputError, match="no eps to certify"):
+        certify_segmentation(found, [(images, labels)], [])

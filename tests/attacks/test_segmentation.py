@@ -101,7 +101,7 @@ def test_attacks_reach_what_is_possible_and_never_more() -> None:
             assert [row.attack for row in mine if row.correct == 64] == ["clean"]
             turned = {row.attack: 64 - row.correct for row in mine}
             assert max(turned.values()) == turned["cheapest"] == 64 - possible.certified
-            assert all(turned[loss] >= 0.4 * turned["cheapest"] for loss in LOSSES)
+            assert all(0.4 <= turned[loss] / turned["cheapest"] < 1 for loss in LOSSES)
 
 
 def test_found_points_lie_in_ball_and_box_and_rows_count_their_pixels() -> None:
