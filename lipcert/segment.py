@@ -180,6 +180,7 @@ def certify_scenes(
     `summarise` says}. Raises InputError if there is no image.
     """
     rows: list[SceneRow] = []
+    eps = sorted(set(eps))
     images: dict[float, list[list[Frontier]]] = {radius: [] for radius in eps}
     reach = max(eps, default=0.0) * (joint if pixel is None else pixel) * (1 + 1e-9)  # only saves work
     for idx, (logits, labels, error) in enumerate(scenes):

@@ -35,6 +35,20 @@ def test_count_is_the_best_of_all_subsets(distances: list[int], eps: int, joint:
     assert found == exact
 
 
+@given(
+    st.lists(st.floats(0, 1e3, allow_subnormal=False), min_size=1, max_size=30),
+    st.floats(0, 1e3, allow_subnormal=False),
+    st.floats(0.01, 10),
+)
+def test_rounding_only_ever_counts_more(distances: list[float], eps: float, joint: float) -> None:
+    budget, spent, exact, almost = (Fraction(joint) * Fraction(eps)) ** 2, Fraction(0), 0, 0
+    for distance in sorted(distances):
+        spent += Fraction(distance) ** 2
+        exact += spent <= budget
+        almost += spent <= budget * (1 + Fraction(1, 10**13)) + Fraction(1, 10**290)
+    assert exact <= most_flips(np.array(distances), eps, joint) <= almost
+
+
 @given(DISTANCES, st.integers(1, 3), st.integers(1, 3))
 def test_radii_are_where_the_count_grows(distances: list[int], joint: int, pixel: int) -> None:
     d = np.array(distances, dtype=float)

@@ -280,6 +280,20 @@ def test_there_is_no_positional_code_but_zero_padding() -> None:
             assert model(torch.rand(1, 3, height, width)).shape == (1, 5, math.ceil(height / 4), math.ceil(width / 4))
 
 
+def test_it_compiles_and_trains_in_bfloat16() -> None:
+    torch.manual_seed(0)
+    model, x = small().eval(), torch.rand(2, 3, 32, 32)
+    expected = model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = model.train()(x)
+    low.float().square().sum().backward()
+    assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in model.parameters())
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(model.eval()(x).float(), expected, rtol=0.1, atol=0.1 * expected.abs().max().item())
+
+
 def test_stochastic_depth_rises_to_the_published_rate() -> None:
     with torch.device("meta"):
         model = create_model("segformer_b2", img_size=64)
