@@ -115,9 +115,10 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def _card(config: Mapping[str, Any]) -> str:
+    height = config.get("kwargs", {}).get("height") or config["img_size"]
     return (
         f"---\nlibrary_name: lipcert\n---\n# {config['model']}\n\n"
-        f"{config['num_classes']} classes, inputs {config['in_chans']} x {config['img_size']} x {config['img_size']} "
+        f"{config['num_classes']} classes, inputs {config['in_chans']} x {height} x {config['img_size']} "
         f"in [0, 1]"
         f"{', trained on ' + str(config['data']) if config.get('data') else ''}.\n\n"
         "Load with `lipcert.checkpoint.load_model(folder)`; see also `lipcert bound` and `lipcert certify`.\n"

@@ -25,18 +25,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lipcert import data
 from lipcert.bounds import audit
 from lipcert.checkpoint import load_state, save_model, save_state
 from lipcert.config import TrainConfig, to_yaml
-from lipcert.data.augment import parse as parse_augmentation
 from lipcert.errors import InputError
 from lipcert.export import export
 from lipcert.files import require_writable, write_json, write_text
 from lipcert.layers import pairwise_distances
-from lipcert.models.network import PartNetwork
-from lipcert.registry import create_model, losses, models
+from lipcert.models.network import Estimated
+from lipcert.registry import create_model, losses
 from lipcert.runtime import Processes, environment, processes, seed_everything, select_device
+from lipcert.tasks import task_of
 
 log = logging.getLogger(__name__)
 
@@ -67,13 +66,13 @@ class WithPairwise(nn.Module):
     """The network and, in the same forward pass, the pairwise Lipschitz estimates of its logits (so that DDP sees
     both)."""
 
-    def __init__(self, model: PartNetwork, estimated: bool) -> None:
+    def __init__(self, model: Estimated, estimated: bool) -> None:
         super().__init__()
         self.model, self.estimated = model, estimated
 
     def forward(self, x: Tensor, iterations: int) -> tuple[Tensor, Tensor]:  # (n, c, h, w) -> (n, K), (K, K)
         constant = self.model.lipschitz_estimate(iterations) if self.estimated else torch.inf
-        return self.model(x), constant * pairwise_distances(self.model.head.weight)
+        return self.model(x), constant * pairwise_distances(self.model.rows)
 
 
 def train(
@@ -123,14 +122,11 @@ class _Training:
         self.config, self.folder, self.device, self.group, self.progress = config, folder, device, group, progress
         if config.batch_size % group.world:
             raise InputError(f"batch_size {config.batch_size} must be a multiple of the {group.world} processes")
-        models.require_task(config.model, "classification")
+        self.task = task_of(config)
         self.loss = losses.get(config.loss)
-        parse_augmentation(config.augment)  # a wrong name is found before anything is written
-        # The split has a seed of its own: runs that differ in their seed share it, and never train on each other's
-        # choices.
+        self.task.check_augmentation(config.augment)  # a wrong name is found before anything is written
         self.train_set, self.val_set = (
-            data.load(config.data, data_root, split, download, config.val_fraction, img_size=config.img_size).to(device)
-            for split in ("train", "val")
+            self.task.load(config, data_root, split, download, device) for split in ("train", "val")
         )
         self.steps_per_epoch = len(self.train_set) // config.batch_size
         if self.steps_per_epoch == 0:
@@ -140,7 +136,7 @@ class _Training:
         seed_everything(config.seed)  # the same on all ranks: equal weights
         self.recipe = {
             "model": config.model,
-            "kwargs": dict(config.model_args),
+            "kwargs": {**config.model_args, **({"height": height} if (height := self.train_set.height) else {})},
             "num_classes": self.train_set.num_classes,
             "img_size": self.train_set.img_size,
             "in_chans": self.train_set.in_chans,
@@ -189,7 +185,7 @@ class _Training:
         return self._finish()
 
     def _epoch(self) -> dict[str, Any]:
-        batches = data.loader(
+        batches = self.task.batches(
             self.train_set,
             self.config.batch_size // self.group.world,
             shuffle=True,
@@ -237,7 +233,8 @@ class _Training:
             parameters["lr"] = self.config.lr * _schedule(step, self.steps, self.config.warmup)
         with self._autocast():
             logits, pairwise = self.network(images, self.config.power_iterations)
-        loss = self.loss(logits.float(), labels, pairwise, self._eps(step))
+        logits, labels = self.task.rows(logits.float(), labels)
+        loss = self.loss(logits, labels, pairwise, self._eps(step))
         if not bool(torch.isfinite(loss)):  # under torchrun the other ranks are ended with this one
             raise Diverged(
                 f"the loss is {loss.item()} at step {step} (epoch {self.epoch + 1}); the last good checkpoint is kept "
@@ -279,13 +276,13 @@ class _Training:
         logits_of = WithPairwise(model, self.estimated)
         constant = model.lipschitz_estimate(VALIDATION_ITERATIONS).item() if self.estimated else None
         sums = torch.zeros(4, device=self.device)  # loss, clean, certified, images
-        for images, labels in data.loader(
+        for images, labels in self.task.batches(
             self.val_set, self.config.batch_size // self.group.world, rank=self.group.rank, world=self.group.world
         ):
             images, labels = images.to(self.device), labels.to(self.device)
             with self._autocast():
                 logits, pairwise = logits_of(images, 0)
-            logits = logits.float()
+            logits, labels = self.task.rows(logits.float(), labels)
             margins = logits.gather(1, labels[:, None]) - logits - self.config.eps * pairwise[labels]
             margins.scatter_(1, labels[:, None], torch.inf)
             sums[0] += self.loss(logits, labels, pairwise, self.config.eps) * len(labels)
@@ -301,18 +298,17 @@ class _Training:
         """Prove the bound of the final network and log it beside the estimate."""
         row = self.rows[-1]
         if self.group.is_main:
-            size = self.train_set.img_size
-            proved = audit(export(self._best().cpu()), (self.train_set.in_chans, size, size))
+            proved = audit(export(self._best().cpu()), self.train_set.shape)
             bound = proved.upper if proved.head is None else proved.head.penultimate
             row["lipschitz_upper"] = bound.require_upper()
         self._save()  # by all processes: each adds its random state
         return row
 
-    def _best(self) -> PartNetwork:
+    def _best(self) -> Estimated:
         if self.average is None:
             return self.model
         averaged = self.average.module
-        assert isinstance(averaged, PartNetwork)  # AveragedModel copies what it is given
+        assert isinstance(averaged, Estimated)  # AveragedModel copies what it is given
         return averaged
 
     def _eps(self, step: int) -> float:
@@ -367,15 +363,15 @@ class _Training:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
 
 
-def build(recipe: dict[str, Any]) -> PartNetwork:
+def build(recipe: dict[str, Any]) -> Estimated:
     """Create the model of a recipe (the content of a model folder's config.json); wrong arguments raise InputError."""
     keys = ("num_classes", "img_size", "in_chans")
     try:
         model = create_model(recipe["model"], **{key: recipe[key] for key in keys}, **recipe["kwargs"])
     except TypeError as error:
         raise InputError(f"model {recipe['model']!r}: {error}") from error
-    if not isinstance(model, PartNetwork):
-        raise InputError(f"model {recipe['model']!r} is not a lipcert.models.network.PartNetwork, which training needs")
+    if not isinstance(model, Estimated):
+        raise InputError(f"model {recipe['model']!r} is not a lipcert.models.network.Estimated, which training needs")
     return model
 
 

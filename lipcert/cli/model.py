@@ -87,7 +87,8 @@ def _from_folder(folder: Path) -> Resolved:
     from lipcert.checkpoint import load_model
 
     model, config = load_model(folder)
-    shape = (config["in_chans"], config["img_size"], config["img_size"])
+    height = config.get("kwargs", {}).get("height") or config["img_size"]
+    shape = (config["in_chans"], height, config["img_size"])
     return Resolved(model, config["model"], shape, folder if (folder / "model").is_dir() else None, config)
 
 

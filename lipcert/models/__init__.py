@@ -1,4 +1,5 @@
 """Architectures, one per file. Importing this package registers all of them."""
 
+from lipcert.models import lipsegformer as lipsegformer
 from lipcert.models import segformer as segformer
 from lipcert.models import shiftvit as shiftvit

@@ -7,11 +7,31 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lipcert.errors import InputError
 from lipcert.layers import NormalizedLinear, PowerIteration
 from lipcert.models.parts import Part
 
 
-class PartNetwork(nn.Module):
+class Estimated(nn.Module):
+    """What training needs of a network: a last linear layer, and an estimate of the constant of what comes before it.
+
+    The head's weight is (num_classes, features), or that of a 1 x 1 convolution.
+    """
+
+    head: nn.Module
+
+    @property
+    def rows(self) -> Tensor:
+        """Return the rows of the head, (num_classes, features)."""
+        weight: Any = self.head.weight
+        return weight.flatten(1)
+
+    def lipschitz_estimate(self, iterations: int = 1) -> Tensor:
+        """Return the estimate of the features' constant, differentiable in all weights; InputError if there is none."""
+        raise InputError(f"{type(self).__name__} has no Lipschitz estimate; train it with --loss cross_entropy")
+
+
+class PartNetwork(Estimated):
     """Parts in a row, then a linear head on the flattened features.
 
     `lipschitz_estimate()` multiplies the parts' estimates: the constant of the features, input pixels to head input.

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from lipcert.errors import InputError
 from lipcert.layers import Dropout, DropPath
+from lipcert.models.network import Estimated
 from lipcert.registry import models
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, in [0, 1]
@@ -152,7 +153,7 @@ class MLPDecoder(nn.Module):
         return self.classifier(self.dropout(F.relu(self.norm(x))))
 
 
-class SegFormer(nn.Module):
+class SegFormer(Estimated):
     """The network: pixels (n, c, h, w) in [0, 1] -> logits (n, num_classes, ⌈h/4⌉, ⌈w/4⌉). Any size of image."""
 
     def __init__(self, channels: int, stages: Sequence[Stage], decoder: MLPDecoder) -> None:
@@ -160,6 +161,10 @@ class SegFormer(nn.Module):
         self.normalize = Normalize(channels)
         self.stages = nn.ModuleList(stages)
         self.decoder = decoder
+
+    @property
+    def head(self) -> nn.Module:  # type: ignore[override]  # the decoder owns it
+        return self.decoder.classifier
 
     def features(self, x: Tensor) -> list[Tensor]:
         """Return the maps of the stages, at strides 4, 8, 16 and 32."""
@@ -197,18 +202,20 @@ def segformer(
     drop_path: float = 0.1,
     dropout: float = 0.1,
     norm_eps: float = 1e-6,
+    height: int | None = None,
 ) -> SegFormer:
     """Build a SegFormer.
 
     Args:
-        img_size: the smaller side of the images; used only to refuse sizes at which a stage has too few tokens.
+        img_size, height: sides of the images (None: square); used only to refuse sizes at which a stage has too few
+            tokens.
         norm_eps: of the LayerNorms of blocks and stages. 1e-6 as published; transformers runs the same weights with
             1e-5. The LayerNorms after convolutions have 1e-5 everywhere.
     """
     sequences = (embed_dims, depths, num_heads, reductions, mlp_ratios)
     if len({len(values) for values in sequences}) != 1:
         raise InputError("embed_dims, depths, num_heads, reductions and mlp_ratios need one number for each stage")
-    side = img_size
+    side = min(img_size, height or img_size)
     for stage, reduction in enumerate(reductions):
         side = math.ceil(side / (2 if stage else 4))
         if side < reduction:

@@ -20,6 +20,7 @@ SMALL = {  # small enough for a test, same code
     "shiftvit": dict(embed_dim=16, depths=[1, 1], patch_size=2),
     "lipshift": dict(embed_dim=12, depths=[1, 1], neck=16),
     "lipshift_paper": dict(embed_dim=12, depths=[1, 1]),
+    "lipsegformer": dict(embed_dim=12, depths=[1, 1], decoder_depths=[1]),
     "segformer": dict(embed_dims=[8, 16], depths=[1, 1], num_heads=[1, 2], reductions=[2, 1], mlp_ratios=[2, 2]),
 }
 ARGUMENTS = {
