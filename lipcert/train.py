@@ -151,7 +151,7 @@ class _Training:
         self.network = DistributedDataParallel(wrapped) if group.world > 1 else wrapped
         self.epoch = self.batch = 0
         self.rows: list[dict[str, Any]] = []
-        self.sums = [0.0, 0.0, 0.0]  # loss, correct, images of the running epoch
+        self.sums = [0.0, 0.0, 0.0]  # loss, correct, labels of the running epoch
         self.elapsed = 0.0
         if state is not None:
             self._restore(state)
@@ -197,7 +197,7 @@ class _Training:
             world=self.group.world,
             start_batch=self.batch,
         )
-        begun, images_before = time.monotonic(), self.sums[2]
+        begun, first = time.monotonic(), self.batch
         self.network.train()
         label = f"epoch {self.epoch + 1}/{self.config.epochs}"
         for images, labels in self.progress(batches, self.steps_per_epoch - self.batch, label):
@@ -206,7 +206,7 @@ class _Training:
             if time.monotonic() - self.saved > SAVE_EVERY:
                 self._save()
         seconds = time.monotonic() - begun
-        row = self._row((self.sums[2] - images_before) * self.group.world / seconds)
+        row = self._row((self.batch - first) * self.config.batch_size / seconds)
         self.rows.append(row)
         self.epoch, self.batch, self.sums = self.epoch + 1, 0, [0.0, 0.0, 0.0]
         self._save()
@@ -275,7 +275,7 @@ class _Training:
         model.eval()
         logits_of = WithPairwise(model, self.estimated)
         constant = model.lipschitz_estimate(VALIDATION_ITERATIONS).item() if self.estimated else None
-        sums = torch.zeros(4, device=self.device)  # loss, clean, certified, images
+        sums = torch.zeros(4, device=self.device)  # loss, clean, certified, labels
         for images, labels in self.task.batches(
             self.val_set, self.config.batch_size // self.group.world, rank=self.group.rank, world=self.group.world
         ):
