@@ -36,6 +36,8 @@ class TrainConfig:
     optimizer: str = "adamw"
     lr: float = 3e-3
     weight_decay: float = 0.0
+    head_lr: float = 1.0  # how many times faster head and decoder learn; 10 in SegFormer's recipe
+    schedule: str = "cosine"  # or poly: linear to zero, as SegFormer has it
     warmup: float = 0.1  # share of all steps
     clip: float = 3.0  # gradient norm; 0 leaves gradients alone
     loss: str = "emma"
@@ -50,13 +52,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         problems = []
-        for name, allowed in (("optimizer", ("adamw", "nadam", "sgd")), ("precision", ("float32", "bfloat16"))):
+        for name, allowed in (
+            ("optimizer", ("adamw", "nadam", "sgd")),
+            ("precision", ("float32", "bfloat16")),
+            ("schedule", ("cosine", "poly")),
+        ):
             if getattr(self, name) not in allowed:
                 problems.append(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
         for name in ("epochs", "batch_size", "power_iterations"):
             if getattr(self, name) < 1:
                 problems.append(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("lr", "eps"):
+        for name in ("lr", "eps", "head_lr"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 problems.append(f"{name} must be positive and finite, not {getattr(self, name)}")
         for name in ("weight_decay", "clip", "eps_start", "eps_end"):

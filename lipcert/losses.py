@@ -21,6 +21,20 @@ def cross_entropy(logits: Tensor, labels: Tensor, pairwise: Tensor, eps: float) 
 
 
 @losses.register()
+def tau_cross_entropy(
+    logits: Tensor, labels: Tensor, pairwise: Tensor, eps: float, *, temperature: float = 0.25
+) -> Tensor:
+    """Cross-entropy with a temperature, CE(z / t) t (Béthune et al., NeurIPS 2022, arXiv 2104.05097): what is clean,
+    and what is robust, is balanced by t alone.
+
+    `temperature` is in units of the mean pairwise constant, so that it means the same for every network: 1/τ of the
+    papers, whose networks are 1-Lipschitz. `eps` is not used.
+    """
+    scale = temperature * (pairwise.sum() / (pairwise != 0).sum().clamp_min(1)).clamp_min(1e-8)
+    return scale.detach() * F.cross_entropy(logits / scale, labels)
+
+
+@losses.register()
 def emma(logits: Tensor, labels: Tensor, pairwise: Tensor, eps: float) -> Tensor:
     """EMMA, efficient margin maximisation (Hu et al., NeurIPS 2023, arXiv 2301.12549, section 4).
 

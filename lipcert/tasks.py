@@ -122,3 +122,16 @@ def task_of(config: TrainConfig) -> Task:
     if name not in tasks:
         raise InputError(f"model {config.model} is for {name}, which cannot be trained")
     return tasks[name]
+
+
+def mean_iou(confusion: Tensor) -> float:
+    """Return the mean over classes of intersection over union, from counts (label, prediction) of a whole split.
+
+    Classes that are neither labelled nor predicted have none.
+
+    >>> round(mean_iou(torch.tensor([[2.0, 0.0], [1.0, 1.0]])), 6)
+    0.583333
+    """
+    hits = confusion.diagonal()
+    union = confusion.sum(0) + confusion.sum(1) - hits
+    return float((hits / union)[union > 0].mean())

@@ -11,7 +11,6 @@ state only.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -35,7 +34,8 @@ from lipcert.layers import pairwise_distances
 from lipcert.models.network import Estimated
 from lipcert.registry import create_model, losses
 from lipcert.runtime import Processes, environment, processes, seed_everything, select_device
-from lipcert.tasks import task_of
+from lipcert.schedule import optimizer, schedule
+from lipcert.tasks import mean_iou, task_of
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ METRICS = (
     "val_loss",
     "val_clean",
     "val_certified",
+    "val_miou",
     "lipschitz_estimate",
     "lipschitz_upper",
     "images_per_second",
@@ -145,7 +146,7 @@ class _Training:
         self.model = build(self.recipe).to(device)
         self.estimated = self._warm_up()
         self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema)) if config.ema else None
-        self.optimizer = _optimizer(config, self.model)
+        self.optimizer = optimizer(config, self.model)
         seed_everything(config.seed + 1000 * group.rank)  # different dropout on each rank
         wrapped = WithPairwise(self.model, self.estimated)
         self.network = DistributedDataParallel(wrapped) if group.world > 1 else wrapped
@@ -230,7 +231,7 @@ class _Training:
     def _step(self, images: Tensor, labels: Tensor) -> None:
         step = self.epoch * self.steps_per_epoch + self.batch
         for parameters in self.optimizer.param_groups:
-            parameters["lr"] = self.config.lr * _schedule(step, self.steps, self.config.warmup)
+            parameters["lr"] = self.config.lr * parameters["factor"] * schedule(step, self.steps, self.config)
         with self._autocast():
             logits, pairwise = self.network(images, self.config.power_iterations)
         logits, labels = self.task.rows(logits.float(), labels)
@@ -275,7 +276,9 @@ class _Training:
         model.eval()
         logits_of = WithPairwise(model, self.estimated)
         constant = model.lipschitz_estimate(VALIDATION_ITERATIONS).item() if self.estimated else None
+        classes = self.train_set.num_classes
         sums = torch.zeros(4, device=self.device)  # loss, clean, certified, labels
+        confusion = torch.zeros(classes, classes, device=self.device)
         for images, labels in self.task.batches(
             self.val_set, self.config.batch_size // self.group.world, rank=self.group.rank, world=self.group.world
         ):
@@ -289,10 +292,19 @@ class _Training:
             sums[1] += (logits.argmax(1) == labels).sum()
             sums[2] += (margins.amin(1) > 0).sum()
             sums[3] += len(labels)
+            pairs = labels * classes + logits.argmax(1)
+            confusion += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
         if self.group.world > 1:
             dist.all_reduce(sums)
+            dist.all_reduce(confusion)
         loss, clean, certified = (sums[:3] / sums[3]).tolist()
-        return {"val_loss": loss, "val_clean": clean, "val_certified": certified, "lipschitz_estimate": constant}
+        return {
+            "val_loss": loss,
+            "val_clean": clean,
+            "val_certified": certified,
+            "val_miou": mean_iou(confusion) if self.task.name == "segmentation" else None,
+            "lipschitz_estimate": constant,
+        }
 
     def _finish(self) -> dict[str, Any]:
         """Prove the bound of the final network and log it beside the estimate."""
@@ -373,20 +385,6 @@ def build(recipe: dict[str, Any]) -> Estimated:
     if not isinstance(model, Estimated):
         raise InputError(f"model {recipe['model']!r} is not a lipcert.models.network.Estimated, which training needs")
     return model
-
-
-def _optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    parameters = model.parameters()
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay)
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.NAdam
-    return kind(parameters, config.lr, weight_decay=config.weight_decay)
-
-
-def _schedule(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up over the first share of the steps, cosine to zero over all of them."""
-    rise = min(1.0, (step + 1) / max(1.0, warmup * steps))
-    return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def _gather(value: Tensor, group: Processes) -> list[Tensor]:

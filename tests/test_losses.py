@@ -83,3 +83,15 @@ def test_losses_are_finite_with_finite_gradients(name: str, logits: list[list[fl
     loss = losses.get(name)(z, torch.tensor([1]), torch.zeros(3, 3), 0.1)
     loss.backward()
     assert torch.isfinite(loss) and z.grad is not None and bool(torch.isfinite(z.grad).all())
+
+
+def test_tau_cross_entropy_is_that_of_a_network_with_pairwise_constant_one() -> None:
+    """z and its constants times 5: the same loss times 5, and the same gradient by z."""
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 4), torch.tensor([0, 1, 2, 3, 0, 1])
+    pairwise = math.sqrt(2) * (1 - torch.eye(4))
+    loss = losses.get("tau_cross_entropy")
+    one, five = loss(logits, labels, pairwise, 0.1), loss(5 * logits, labels, 5 * pairwise, 0.7)
+    assert five.item() == pytest.approx(5 * one.item(), rel=1e-5)
+    tau = 1 / (0.25 * math.sqrt(2))
+    assert one.item() == pytest.approx(torch.nn.functional.cross_entropy(tau * logits, labels).item() / tau, rel=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -185,3 +186,41 @@ def test_bfloat16_trains(tmp_path: Path) -> None:
     wide = {"model_args": {**TINY["model_args"], "embed_dim": 32}, "precision": "bfloat16"}
     row = train(TrainConfig(**{**TINY, **wide}), tmp_path / "run", device="cpu")
     assert row["val_clean"] > 0.5
+
+
+def scenes_root(root: Path) -> Path:
+    """Write CamVid's folders with images whose halves have classes 0 and 3, told by their brightness."""
+    from PIL import Image
+
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 16), ("val", 4), ("test", 4)):
+        for folder in (part, f"{part}annot"):
+            (root / "camvid" / folder).mkdir(parents=True)
+        for number in range(count):
+            mask = torch.zeros(12, 16, dtype=torch.uint8)
+            mask[:, int(torch.randint(4, 12, (1,), generator=generator)) :] = 3
+            mask[0, 0] = 11  # void
+            image = (mask == 3).float()[..., None].expand(-1, -1, 3) * 150 + 50
+            image = (image + 10 * torch.randn(12, 16, 3, generator=generator)).clamp(0, 255).to(torch.uint8)
+            Image.fromarray(image.numpy()).save(root / "camvid" / part / f"{number}.png")
+            Image.fromarray(mask.numpy()).save(root / "camvid" / f"{part}annot" / f"{number}.png")
+    return root
+
+
+@pytest.mark.parametrize("model", ["lipsegformer_tiny", "segformer_b0"])
+def test_one_label_a_pixel(model: str, tmp_path: Path) -> None:
+    lip = model.startswith("lip")
+    small = dict(embed_dims=[8, 16], depths=[1, 1], num_heads=[1, 2], reductions=[1, 1], mlp_ratios=[2, 2])
+    arguments = dict(embed_dim=12, depths=[1], decoder_depths=[]) if lip else {**small, "decoder_dim": 8}
+    config = TrainConfig(
+        model=model, model_args=arguments, data="camvid", img_size=16, epochs=8, batch_size=4, augment="flip", lr=1e-2,
+        loss="tau_cross_entropy" if lip else "cross_entropy", eps=0.05, head_lr=2.0, schedule="poly",
+    )  # fmt: skip
+    root = scenes_root(tmp_path / "data")
+    row = train(config, tmp_path / "run", data_root=str(root), device="cpu")
+    assert row["val_clean"] > 0.8 and 0.5 < row["val_miou"] <= 1.0  # half of all pixels are of one class
+    assert (row["lipschitz_estimate"] is not None) == lip
+    recipe = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert recipe["kwargs"]["height"] == 12 and recipe["img_size"] == 16 and recipe["num_classes"] == 11
+    with pytest.raises(InputError, match="is for segmentation, and this is classification"):
+        train(TrainConfig(model="lipshift_tiny", data="camvid"), tmp_path / "other", data_root=str(root))

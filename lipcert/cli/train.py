@@ -29,7 +29,7 @@ Examples:
 @click.option("--data", metavar="NAME", help="Data set (lipcert data), or folder:PATH.")
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the training images.")
 @click.option("--eps", type=Radius(), help="l2 radius to train for, like 36/255.")
-@click.option("--loss", metavar="NAME", help="emma, gloro, trades, offset_cross_entropy or cross_entropy.")
+@click.option("--loss", metavar="NAME", help="emma, gloro, trades, offset_, tau_ or cross_entropy.")
 @click.option("--seed", type=click.IntRange(0), help="Seed of everything random.  [default: 0]")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set any key of the configuration.")
 @click.option(
@@ -87,10 +87,11 @@ def command(
     if row["lipschitz_upper"] is None:  # one of several processes, and not the first: that one speaks
         return
     if json_file != "-":
+        overlap = "" if row["val_miou"] is None else f"mean IoU {100 * row['val_miou']:.2f} %, "
         click.echo(
-            f"validation: clean {100 * row['val_clean']:.2f} %, certified at {resolved.eps:.4f} by the estimate "
-            f"{100 * row['val_certified']:.2f} %; L of the features: estimated {row['lipschitz_estimate'] or nan:.6g}, "
-            f"proved {row['lipschitz_upper']:.6g}"
+            f"validation: clean {100 * row['val_clean']:.2f} %, {overlap}certified at {resolved.eps:.4f} by the "
+            f"estimate {100 * row['val_certified']:.2f} %; L of the features: estimated "
+            f"{row['lipschitz_estimate'] or nan:.6g}, proved {row['lipschitz_upper']:.6g}"
         )
     if json_file:
         write_json(json_file, row)

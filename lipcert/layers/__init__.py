@@ -2,6 +2,8 @@
 
 from lipcert.layers.activations import GroupSort as GroupSort
 from lipcert.layers.activations import MaxMin as MaxMin
+from lipcert.layers.attention import DotProductAttention as DotProductAttention
+from lipcert.layers.attention import ScaledCosineAttention as ScaledCosineAttention
 from lipcert.layers.dropout import Dropout as Dropout
 from lipcert.layers.dropout import DropPath as DropPath
 from lipcert.layers.head import NormalizedLinear as NormalizedLinear
@@ -13,3 +15,4 @@ from lipcert.layers.power import PowerIteration as PowerIteration
 from lipcert.layers.residual import LiResConv as LiResConv
 from lipcert.layers.residual import convolve as convolve
 from lipcert.layers.shift import Shift as Shift
+from lipcert.layers.windows import WindowMix as WindowMix
