@@ -13,7 +13,8 @@ from lipcert.config import TrainConfig
 def optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Return the optimizer of a configuration, in two groups: the encoder, and head and decoder at `head_lr` times its
     rate ("factor")."""
-    encoder, last = [], []
+    encoder: list[nn.Parameter] = []
+    last: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (last if name.startswith(("head.", "decoder.")) else encoder).append(parameter)
     groups = [{"params": encoder, "factor": 1.0}, {"params": last, "factor": config.head_lr}]
