@@ -230,7 +230,7 @@ def affine(x: Range, matrix: Tensor, offset: Tensor | None, dim: int) -> Range:
         infinite = x.low.new_full(size, math.inf)
         return Range(-infinite, infinite)
     count = matrix.shape[1]
-    shape = [*x.low.shape]
+    shape = [*torch.broadcast_shapes(x.low.shape, x.high.shape)]  # padding may have made one end vary and not the other
     shape[dim] = count
     low, high = (end.expand(shape).movedim(dim, -1) for end in (x.low, x.high))
     middle, radius = (low + high) / 2, (high - low) / 2 * (1.0 + 2.0**-50)
