@@ -64,9 +64,9 @@ class DotProductAttention(nn.Module):
     def temperature(self) -> float:
         return (self.dim // self.heads) ** -0.5
 
-    def rows(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values, (..., heads, tokens, dim / heads) each, from (..., tokens, 3 dim)."""
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for part in qkv.chunk(3, -1))
+    def rows(self, qkv: Tensor, heads: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, (..., heads, tokens, width) each, from (..., tokens, 3 heads width)."""
+        q, k, v = (part.unflatten(-1, (heads or self.heads, -1)).transpose(-3, -2) for part in qkv.chunk(3, -1))
         return q, k, v
 
     def weigh(self, out: Tensor) -> Tensor:
@@ -117,8 +117,8 @@ class ScaledCosineAttention(DotProductAttention):
         """The Lipschitz constant of the normalisation of a row."""
         return 1 / self.eps if self.clamp else self.eps**-0.5
 
-    def rows(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = super().rows(qkv)
+    def rows(self, qkv: Tensor, heads: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = super().rows(qkv, heads)
         return self._normalise(q), self._normalise(k), self._normalise(v) if self.values else v
 
     def weigh(self, out: Tensor) -> Tensor:
@@ -134,15 +134,12 @@ class ScaledCosineAttention(DotProductAttention):
             raise ValueError("attention whose values are not normalised has no Lipschitz constant; use values=True")
         with own_precision(self.proj.weight):
             spread = norms[0].new_tensor(2 * self.tau)
-            positions = self.positions
-            if positions is not None:
-                spread = spread + positions.amax(-1) - positions.amin(-1)  # (heads, tokens)
+            if (positions := self.positions) is not None:
+                spread = spread + (positions.amax(-1) - positions.amin(-1)).amax()
             largest = 1 / (1 + (tokens - 1) * torch.exp(-spread))
             capped = largest.clamp_max(2 / 3)
             varying = torch.where(largest <= 0.5, largest, 4 * capped**2 * (1 - capped))
-            plain, varying = (
-                (tokens * each if each.ndim == 0 else each.sum(-1).amax()).sqrt() for each in (largest, varying)
-            )
+            plain, varying = (tokens * largest).sqrt(), (tokens * varying).sqrt()
             q, k, v, out = norms
             inner = q + varying * k if tokens > 1 else 0.0 * q  # one token sees itself only: no scores to move
             return self.nu * self.slope * (self.tau * inner + plain * v) * out

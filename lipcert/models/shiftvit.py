@@ -70,12 +70,12 @@ def shiftvit(
     """Build the original ShiftViT."""
     rates = _rising(drop_path, sum(depths))
     parts: list[Part | nn.Module] = [
-        nn.Sequential(_conv(in_chans, embed_dim, patch_size, img_size), nn.GroupNorm(1, embed_dim))
+        nn.Sequential(patch_convolution(in_chans, embed_dim, patch_size, img_size), nn.GroupNorm(1, embed_dim))
     ]
     dim, grid = embed_dim, img_size // patch_size
     for stage, depth in enumerate(depths):
         if stage:
-            parts.append(nn.Sequential(nn.GroupNorm(1, dim), _conv(dim, 2 * dim, 2, grid, bias=False)))
+            parts.append(nn.Sequential(nn.GroupNorm(1, dim), patch_convolution(dim, 2 * dim, 2, grid, bias=False)))
             dim, grid = 2 * dim, grid // 2
         parts += [ShiftBlock(dim, mlp_ratio=mlp_ratio, drop_path=rates.pop(0), divisor=divisor) for _ in range(depth)]
     parts.append(nn.Sequential(nn.GroupNorm(1, dim), nn.AdaptiveAvgPool2d(1)))
@@ -88,7 +88,7 @@ def shiftvit(
     return network
 
 
-def _conv(in_dim: int, out_dim: int, size: int, grid: int, *, bias: bool = True, padding: int = 0) -> nn.Conv2d:
+def patch_convolution(in_dim: int, out_dim: int, size: int, grid: int, *, bias: bool = True, padding: int = 0) -> nn.Conv2d:
     """A patch convolution: kernel = stride = `size`; orthogonal at the start."""
     if grid < size:
         raise InputError(
@@ -171,12 +171,12 @@ def lipshift_published(
     rates = _rising(drop_path, sum(depths))
     dim, grid = embed_dim, (img_size + 2 * padding) // 2
     parts: list[Part | nn.Module] = [
-        Affine((in_chans, img_size, img_size), _conv(in_chans, dim, 2, img_size, padding=padding), CenterNorm(dim)),
+        Affine((in_chans, img_size, img_size), patch_convolution(in_chans, dim, 2, img_size, padding=padding), CenterNorm(dim)),
         Dropout(dropout),
     ]
     for stage, depth in enumerate(depths):
         if stage:
-            merge = _conv(dim, 2 * dim, 2, grid, bias=False, padding=padding)
+            merge = patch_convolution(dim, 2 * dim, 2, grid, bias=False, padding=padding)
             parts.append(Affine((dim, grid, grid), CenterNorm(dim), merge))
             dim, grid = 2 * dim, (grid + 2 * padding) // 2
         parts += [
@@ -222,7 +222,7 @@ def lipshift(
         neck_depth: linear residual dense blocks after the neck.
     """
     stages = len(depths)
-    patch = patch_size or _patch_size(img_size, stages)
+    patch = patch_size or largest_patch(img_size, stages)
     if img_size % (patch * 2 ** (stages - 1)):
         raise InputError(
             f"img_size {img_size} is not a multiple of {patch * 2 ** (stages - 1)} "
@@ -231,11 +231,11 @@ def lipshift(
     dim, grid = embed_dim, img_size // patch
     parts: list[Part | nn.Module] = [
         Center(),
-        Affine((in_chans, img_size, img_size), _conv(in_chans, dim, patch, img_size)),
+        Affine((in_chans, img_size, img_size), patch_convolution(in_chans, dim, patch, img_size)),
     ]
     for stage, depth in enumerate(depths):
         if stage:
-            parts.append(Affine((dim, grid, grid), _conv(dim, 2 * dim, 2, grid)))
+            parts.append(Affine((dim, grid, grid), patch_convolution(dim, 2 * dim, 2, grid)))
             dim, grid = 2 * dim, grid // 2
         for _ in range(depth):
             shape = (dim, grid, grid)
@@ -251,7 +251,7 @@ def lipshift(
             else:
                 raise InputError(f"residual must be linear or published, not {residual!r}")
     if neck:
-        parts += [Affine((dim, grid, grid), _conv(dim, neck, grid, grid)), Activation()]
+        parts += [Affine((dim, grid, grid), patch_convolution(dim, neck, grid, grid)), Activation()]
         dim = neck
         for _ in range(neck_depth):
             mix = ShiftMix(dim, 1, scale=scale, shift="circular", divisor=divisor, center=False, circular=False)
@@ -270,7 +270,7 @@ def _rising(last: float, count: int) -> list[float]:
     return [last * i / max(1, count - 1) for i in range(count)]
 
 
-def _patch_size(img_size: int, stages: int) -> int:
+def largest_patch(img_size: int, stages: int) -> int:
     least = 7 if stages == 1 else 4  # one stage has to look at the picture in some detail by itself
     last = img_size // 2 ** (stages - 1)  # grid of the last stage with patches of 1
     patch = 1

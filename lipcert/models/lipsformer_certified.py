@@ -1,0 +1,195 @@
+"""LipsFormer arranged for certificates: scaled cosine similarity attention where its constant is known and small.
+
+What differs from LipsFormer (arXiv 2304.09856), which was made for stable training and has constants no certificate can
+use:
+
+- values are normalised, ε is 1, and ν is chosen so that the attention of a window with projections of norm 1 has the
+  constant 1, by the bound of `lipcert.bounds.attention`, which grows as √N where the paper's grows as N²;
+- an attention branch joins its input as a mean, `(1 - a) x + a f(x)` with a learned in (0, 1), no steeper than the
+  steeper of both (`residual="convex"`), or as published, `x + a f(x)` (`residual="weighted"`);
+- positions are mixed by LipShiFT's linear blocks, `MaxMin(x + s K center(shift(x)))`, and channels by the same with a
+  pointwise K, in place of 7 x 7 depthwise branches and the GELU MLP: one operator each, near the identity;
+- stages choose whether they attend (`attention=(False, True)`); windows shift on a torus, by an isometry, without mask;
+- patches merge by orthogonal convolutions, and LipShiFT's dense layer and normalised head end the network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lipcert.bounds.attention import Rows, coefficients, column_sums
+from lipcert.errors import InputError
+from lipcert.layers import LiResConv, MaxMin, NormalizedLinear, ScaledCosineAttention, WindowMix
+from lipcert.layers.power import Segment
+from lipcert.models.network import PartNetwork
+from lipcert.models.parts import Affine, LinearShiftBlock, Part, ShiftMix
+from lipcert.models.shiftvit import Activation, Center, largest_patch, patch_convolution
+from lipcert.registry import models
+
+
+class Third(nn.Module):
+    """Queries, keys or values of a joint projection, as an affine module of their own for the power iteration."""
+
+    def __init__(self, qkv: nn.Linear, number: int) -> None:
+        super().__init__()
+        self.qkv, self.number = qkv, number
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.qkv.weight.chunk(3)[self.number])
+
+    def extra_repr(self) -> str:
+        return f"{self.number}"
+
+
+class AttentionBlock(Part):
+    """Windowed scaled cosine attention f in a residual form: maps (n, dim, h, w) -> the same.
+
+    Estimate: `(1 - a) + a L` ("convex") or `1 + |a| L` ("weighted") with L the attention's `estimate`.
+
+    Args:
+        window: side of the windows; it must divide the map.
+        start: a before training.
+    """
+
+    def __init__(
+        self, in_shape: tuple[int, int, int], *, heads: int, window: int, shift: bool, tau: float, eps: float,
+        residual: str, start: float,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        dim, height, width = in_shape
+        if height % window or width % window:
+            raise InputError(f"windows of {window} do not divide a map of {height}x{width}; choose another window_size")
+        if dim % heads:
+            raise InputError(f"{heads} heads do not divide {dim} channels; choose another num_heads or embed_dim")
+        if residual not in ("convex", "weighted"):
+            raise InputError(f"residual must be convex or weighted, not {residual!r}")
+        if not 0 < start < 1:
+            raise InputError(f"the weight of the attention must start in (0, 1), not at {start}")
+        self.dim, self.tokens, self.residual = dim, window * window, residual
+        attention = ScaledCosineAttention(
+            dim, heads, tau=tau, nu=unit_nu(self.tokens, tau, eps), eps=eps, window=(window, window)
+        )
+        for third in (*attention.qkv.weight.detach().chunk(3), attention.proj.weight):
+            nn.init.orthogonal_(third)
+        nn.init.zeros_(attention.qkv.bias)
+        nn.init.zeros_(attention.proj.bias)
+        self.mix = WindowMix(attention, (window, window), shift=shift, masked=False)
+        self.attention = attention
+        self.weight = nn.Parameter(torch.tensor(math.log(start / (1 - start)) if residual == "convex" else start))
+
+    @property
+    def share(self) -> Tensor:
+        """Return a, the weight of the branch."""
+        return torch.sigmoid(self.weight) if self.residual == "convex" else self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.mix(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        share = self.share
+        return (1 - share) * x + share * y if self.residual == "convex" else x + share * y
+
+    def segments(self) -> list[Segment]:
+        thirds: list[Segment] = [(Third(self.attention.qkv, i), (self.dim,)) for i in range(3)]
+        return [*thirds, (self.attention.proj, (self.dim,))]
+
+    def lipschitz(self, norms: Sequence[Tensor]) -> Tensor:
+        branch = self.attention.estimate(self.tokens, norms)
+        share = self.share
+        return 1 - share + share * branch if self.residual == "convex" else 1 + share.abs() * branch
+
+
+def unit_nu(tokens: int, tau: float, eps: float) -> float:
+    """Return the ν for which attention among `tokens` with projections of norm 1 has the constant 1.
+
+    >>> round(unit_nu(16, 1.0, 1.0), 4)
+    0.1785
+    """
+    row = Rows(1.0, 1.0)
+    return math.sqrt(eps) / sum(coefficients(row, row, row, tau, column_sums(2 * tau, None, tokens, tokens)))
+
+
+class ChannelMix(Part):
+    """`MaxMin(x + s W x)` at every position, one operator."""
+
+    def __init__(self, in_shape: tuple[int, int, int], scale: float) -> None:
+        super().__init__()
+        self.in_shape = in_shape
+        self.linear, self.activation = LiResConv(in_shape[0], 1, scale=scale), MaxMin()
+
+    def forward(self, x: Tensor) -> Tensor:  # (n, dim, h, w) -> the same
+        return self.activation(self.linear(x))
+
+    def segments(self) -> list[Segment]:
+        return [(self.linear, self.in_shape)]
+
+    def lipschitz(self, norms: Sequence[Tensor]) -> Tensor:
+        return norms[0]
+
+
+def lipsformer_certified(
+    *, num_classes: int, img_size: int, in_chans: int, embed_dim: int, depths: Sequence[int],
+    attention: Sequence[bool] | None = None, num_heads: Sequence[int] | int = 4, window_size: int = 4,
+    patch_size: int | None = None, tau: float = 1.0, eps: float = 1.0, residual: str = "convex", start: float = 0.2,
+    kernel_size: int = 3, scale: float = 0.2, divisor: int = 12, neck: int = 512,
+) -> PartNetwork:  # fmt: skip
+    """Build the certified arrangement.
+
+    Args:
+        depths: blocks per stage: LipShiFT's linear block, and in a stage that attends also attention and a channel mix.
+        attention: which stages attend; None: all.
+        window_size: side of the windows, no more than the map.
+        patch_size: side of the first patches; None chooses as `lipshift` does.
+        tau, eps, residual, start: of the attention, see `AttentionBlock`.
+        neck: width of the dense layer over the last map.
+    """
+    stages = len(depths)
+    attends = tuple(attention) if attention is not None else (True,) * stages
+    heads = (num_heads,) * stages if isinstance(num_heads, int) else tuple(num_heads)
+    if not len(attends) == len(heads) == stages:
+        raise InputError("depths, attention and num_heads need one entry for each stage")
+    patch = patch_size or largest_patch(img_size, stages)
+    if img_size % (patch * 2 ** (stages - 1)):
+        raise InputError(
+            f"img_size {img_size} is not a multiple of {patch * 2 ** (stages - 1)} "
+            f"(patch_size {patch}, {stages} stages); choose another patch_size or fewer stages"
+        )
+    dim, grid = embed_dim, img_size // patch
+    stem = Affine((in_chans, img_size, img_size), patch_convolution(in_chans, dim, patch, img_size))
+    parts: list[Part | nn.Module] = [Center(), stem]
+    for stage, depth in enumerate(depths):
+        if stage:
+            parts.append(Affine((dim, grid, grid), patch_convolution(dim, 2 * dim, 2, grid)))
+            dim, grid = 2 * dim, grid // 2
+        shape = (dim, grid, grid)
+        for i in range(depth):
+            mix = ShiftMix(
+                dim, kernel_size, scale=scale, shift="circular", divisor=divisor, center=True, circular=False
+            )
+            parts.append(LinearShiftBlock(shape, mix))
+            if attends[stage]:
+                block = AttentionBlock(
+                    shape, heads=heads[stage], window=min(window_size, grid), shift=i % 2 == 1, tau=tau, eps=eps,
+                    residual=residual, start=start,
+                )  # fmt: skip
+                parts += [block, ChannelMix(shape, scale)]
+    parts += [Affine((dim, grid, grid), patch_convolution(dim, neck, grid, grid)), Activation()]
+    return PartNetwork(parts, NormalizedLinear(neck, num_classes))
+
+
+@models.register()
+def lipsformer_swin_tiny_1lip(**kwargs: Any) -> nn.Module:
+    """Certified LipsFormer for small images: 128 wide, 4 blocks with attention, one stage, a dense layer of 512."""
+    return lipsformer_certified(**{**dict(embed_dim=128, depths=(4,)), **kwargs})
+
+
+@models.register()
+def lipsformer_swin_small_1lip(**kwargs: Any) -> nn.Module:
+    """Certified LipsFormer, 128 and 256 wide, 4 blocks without and 6 with attention, a dense layer of 1024."""
+    return lipsformer_certified(
+        **{**dict(embed_dim=128, depths=(4, 6), attention=(False, True), num_heads=(4, 8), neck=1024), **kwargs}
+    )
