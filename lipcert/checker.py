@@ -87,7 +87,9 @@ def read_json(path: Path) -> Any:
         return int(digits)
 
     try:
-        return json.loads(text, object_pairs_hook=once, parse_float=number, parse_int=integer, parse_constant=number)
+        return json.loads(
+            text.decode(), object_pairs_hook=once, parse_float=number, parse_int=integer, parse_constant=number
+        )
     except (ValueError, RecursionError) as error:
         raise Rejected(f"{path.name} is not JSON: {error}") from error
 
@@ -191,8 +193,14 @@ def _schur(magnitudes: Array) -> float:
     return math.sqrt(sums) * (1 + gamma(max(magnitudes.shape) + 8))
 
 
+def eye(n: int) -> Array:
+    if n * n > ENTRIES:
+        raise Rejected(f"{n} channels are too many")
+    return np.eye(n)
+
+
 def identity(grid: Grid) -> Kernel:
-    return Kernel({(0, 0): np.eye(grid[0])}, grid, grid)
+    return Kernel({(0, 0): eye(grid[0])}, grid, grid)
 
 
 def compose(second: Kernel, first: Kernel) -> Kernel:
@@ -222,7 +230,7 @@ def compose(second: Kernel, first: Kernel) -> Kernel:
             taps[offset] = taps[offset] + product if offset in taps else product
             if len(taps) * product.size > ENTRIES:
                 raise Rejected("the kernel is too large")
-    rounding = 0.0 if second.selects else gamma(second.terms + 2) * second.gain * first.size
+    rounding = 0.0 if second.selects else gamma(second.terms + 2) * second.gain * first.size + 1e-300
     known = second.gain * first.error + second.error * (first.size + first.error)
     stride = (first.stride[0] * second.stride[0], first.stride[1] * second.stride[1])
     return Kernel(taps, first.source, second.target, stride, wraps, (rounding + known) * UP)
@@ -265,7 +273,7 @@ def placements(grids: Sequence[Grid]) -> list[Kernel]:
     """Return the maps that put values into one, channels after channels."""
     if len({grid[1:] for grid in grids}) != 1:
         raise Rejected("values of different size are concatenated")
-    everything = np.eye(sum(grid[0] for grid in grids))
+    everything = eye(sum(grid[0] for grid in grids))
     ends = np.cumsum([grid[0] for grid in grids])
     whole = (len(everything), *grids[0][1:])
     return [Kernel({(0, 0): everything[:, end - g[0] : end]}, g, whole) for g, end in zip(grids, ends, strict=True)]
@@ -423,6 +431,8 @@ def proved_norm(blocks: Array, error: float) -> float:
     Blocks are scaled to entries of at most 1 by a power of two, so that what underflows is below 2^-900.
     """
     largest = float(np.abs(blocks).max(initial=0.0))
+    if not math.isfinite(largest + error):
+        raise Rejected("the numbers are too large to be rechecked")
     if largest == 0.0:
         return error
     scale = 2.0 ** math.ceil(math.log2(largest))
@@ -496,7 +506,7 @@ class Value:
 
 def grid_of(shape: Sequence[int]) -> Grid:
     """Return the grid of a value for one image: (1, c, h, w), or (1, d) as d channels of one position."""
-    if len(shape) in (2, 4) and shape[0] == 1 and all(0 < side < 1 << 24 for side in shape):
+    if len(shape) in (2, 4) and shape[0] == 1 and all(0 < side <= 1 << 14 for side in shape):
         return (shape[1], 1, 1) if len(shape) == 2 else (shape[1], shape[2], shape[3])
     raise Rejected(f"values of shape {list(shape)} cannot be rechecked")
 
@@ -528,7 +538,7 @@ def _view(x: Value, target: Grid) -> Operation:
         return Operation([x.name], [identity(x.grid)])
     _require(target == (c * h * w, 1, 1), "such a reshape")
     _require(c * h * w * h * w * c <= ENTRIES, "a flattened map of this size")
-    everything = np.eye(c * h * w).reshape(c * h * w, c, h, w)
+    everything = eye(c * h * w).reshape(c * h * w, c, h, w)
     return Operation(
         [x.name], [Kernel({t: everything[:, :, t[0], t[1]].copy() for t in np.ndindex(h, w)}, x.grid, target)]
     )
@@ -572,12 +582,12 @@ def _slice(
     _require(all(v is None or type(v) is int for v in (start, end)), "start or end")
     kept = range(self.grid[axis])[start:end:step]
     if axis == 0:
-        kernel = Kernel({(0, 0): np.eye(self.grid[0])[list(kept)]}, self.grid, (len(kept), *self.grid[1:]))
+        kernel = Kernel({(0, 0): eye(self.grid[0])[list(kept)]}, self.grid, (len(kept), *self.grid[1:]))
     else:
         offset = (kept.start, 0) if axis == 1 else (0, kept.start)
         sides = (len(kept), self.grid[2]) if axis == 1 else (self.grid[1], len(kept))
         stride = (step, 1) if axis == 1 else (1, step)
-        kernel = Kernel({offset: np.eye(self.grid[0])}, self.grid, (self.grid[0], *sides), stride)
+        kernel = Kernel({offset: eye(self.grid[0])}, self.grid, (self.grid[0], *sides), stride)
     return Operation([self.name], [kernel])
 
 
@@ -596,10 +606,10 @@ def _roll(target: Grid, shapes: Any, self: Value, shifts: Any, dims: Any) -> Ope
     if offset[0] % self.grid[0]:
         _require(offset[1:] == [0, 0], "a roll along channels and positions")
         return Operation(
-            [self.name], [Kernel({(0, 0): np.roll(np.eye(self.grid[0]), -offset[0], 0)}, self.grid, self.grid)]
+            [self.name], [Kernel({(0, 0): np.roll(eye(self.grid[0]), -offset[0], 0)}, self.grid, self.grid)]
         )
     where = (offset[1] % self.grid[1], offset[2] % self.grid[2])
-    return Operation([self.name], [Kernel({where: np.eye(self.grid[0])}, self.grid, self.grid, wraps=True)])
+    return Operation([self.name], [Kernel({where: eye(self.grid[0])}, self.grid, self.grid, wraps=True)])
 
 
 def _cat(target: Grid, shapes: Any, tensors: list[Value], dim: int = 0) -> Operation:
@@ -619,7 +629,7 @@ def _pad(
     wraps = mode == "circular"
     return Operation(
         [self.name],
-        [Kernel({(-top, -left): np.eye(self.grid[0])}, self.grid, (self.grid[0], *sides), wraps=wraps)],
+        [Kernel({(-top, -left): eye(self.grid[0])}, self.grid, (self.grid[0], *sides), wraps=wraps)],
     )
 
 
@@ -630,7 +640,7 @@ def _sum(target: Grid, shapes: Any, self: Any, other: Any, alpha: float = 1, sig
         if isinstance(x, Value):
             _require(x.grid == target, "broadcasting")
             inputs.append(x.name)
-            kernels.append(Kernel({(0, 0): factor * np.eye(x.grid[0])}, x.grid, x.grid))
+            kernels.append(Kernel({(0, 0): factor * eye(x.grid[0])}, x.grid, x.grid))
         else:
             _require(factor in (-1.0, 1.0) and not offset.any(), "a multiple of a constant")
             offset = factor * _spread(x, target)
@@ -643,6 +653,7 @@ def _difference(target: Grid, shapes: Any, self: Any, other: Any, alpha: float =
 
 def _spread(constant: Any, target: Grid) -> Array:
     """Return a number or a tensor that broadcasts to (1, c, h, w) as an array that broadcasts to (c, h, w)."""
+    _require(type(constant) in (int, float, np.ndarray), "a constant")
     array = np.asarray(constant, dtype=np.float64)
     if array.ndim and target[1:] == (1, 1) and array.shape[-1] == target[0] and array.ndim <= 2:
         array = array.reshape(-1)[:, None, None]  # along the channels of a vector (1, d)
@@ -665,7 +676,7 @@ def _product(target: Grid, shapes: Any, self: Any, other: Any) -> Operation:
 
 def _center(target: Grid, shapes: Any, x: Value, dims: list[int]) -> Operation:
     _require(isinstance(dims, list) and [_axis(d, shapes[x.name]) for d in dims] == [0], "centring over positions")
-    matrix = np.eye(target[0]) - 1.0 / target[0]
+    matrix = eye(target[0]) - 1.0 / target[0]
     error = 2 * UNIT * frobenius(matrix) + 2 * UNIT  # of 1/c and of the difference
     return Operation([x.name], [Kernel({(0, 0): matrix}, x.grid, x.grid, error=error)])
 
@@ -680,7 +691,7 @@ def _average(
     _require(min(*k, *s) > 0, "sizes")
     c, h, w = self.grid
     out = (c, (h + 2 * p[0] - k[0]) // s[0] + 1, (w + 2 * p[1] - k[1]) // s[1] + 1)
-    part = np.eye(c) / (k[0] * k[1])
+    part = eye(c) / (k[0] * k[1])
     taps = {(a - p[0], b - p[1]): part for a, b in np.ndindex(*k)}
     return Operation([self.name], [Kernel(taps, self.grid, out, s, error=UNIT * math.sqrt(c) * UP)])
 
@@ -703,7 +714,7 @@ def _unshuffle(target: Grid, shapes: Any, self: Value, downscale_factor: int) ->
     taps = {}
     for t in np.ndindex(r, r):
         tap = np.zeros((c, r * r, c))
-        tap[:, t[0] * r + t[1]] = np.eye(c)
+        tap[:, t[0] * r + t[1]] = eye(c)
         taps[t] = tap.reshape(c * r * r, c)
     return Operation([self.name], [Kernel(taps, self.grid, (c * r * r, h // r, w // r), (r, r))])
 
@@ -813,6 +824,7 @@ class Program:
         self.order = {name: i for i, name in enumerate(self.nodes)}
         self.shapes = {name: node["shape"] for name, node in self.nodes.items()}
         self._operations: dict[str, Operation] = {}
+        self._paths: dict[tuple[str, ...], float] = {}
 
     def grid(self, name: str) -> Grid:
         return grid_of(self.shapes[name])
@@ -852,6 +864,7 @@ class Program:
         if set(value) == {"value"}:
             return Value(value["value"], self.grid(value["value"]))
         if set(value) == {"tensor"}:
+            _require(self.tensors[value["tensor"]].dtype == np.float64, "a tensor of integers")
             return self.tensors[value["tensor"]]
         raise Rejected(f"the argument {json.dumps(value)[:60]}")
 
@@ -888,6 +901,13 @@ class Program:
         if missing:
             raise Rejected(f"{missing[0]} does not depend on {start}")
         return maps[values[0]] if len(values) == 1 else stack([maps[name] for name in values])
+
+    def path(self, values: Sequence[str], start: str, nodes: Sequence[str]) -> float:
+        """Return a cheap bound of the norm of the map from a node to values."""
+        key = (start, *values, *nodes[:1])
+        if key not in self._paths:
+            self._paths[key] = cheap_norm(self.trace(values, start, nodes))
+        return self._paths[key]
 
 
 def _leaves(arguments: Any) -> Iterator[dict[str, Any]]:
@@ -948,7 +968,7 @@ def prove(program: Program, proof: Any) -> tuple[list[Step], dict[str, float], l
             raise Rejected(f"{where}: the bound {bound!r} is below what its factors give, {math.sqrt(squared)!r}")
         claimed[value] = Fraction(bound)
         own = [f * bounds[s] for f, s in zip(step.factors, sources, strict=True)]
-        bounds[value] = (math.hypot(*own) if joint and len(own) > 1 else sum(own)) * (1 if own == [1.0] else UP)
+        bounds[value] = (math.hypot(*own) if joint else sum(own)) * (1.0 if step.factors == [1.0] else UP)
         steps.append(step)
     if program.output not in claimed:
         raise Rejected("proof: no step bounds the output")
@@ -1027,8 +1047,7 @@ def pairwise(program: Program, bounds: Mapping[str, float], heads: Sequence[str]
         except Rejected as error:
             raise Rejected(f"proof: the head {head!r}: {error}") from error
         rows = np.concatenate(inner, axis=1)
-        apart = np.linalg.norm(rows[:, None] - rows[None], axis=2) * (1 + gamma(rows.shape[1] + 8)) + 1e-150
-        distances[head] = (apart + 2 * kernel.error) * UP
+        distances[head] = (np.stack([_norms(rows - row) for row in rows]) + 2 * kernel.error) * UP
         best = np.minimum(best, bounds[head] * distances[head] * UP)
     return best, distances
 
@@ -1081,11 +1100,11 @@ def evaluate(
             arisen[name] = (gamma(terms + 2) * _norms(majorant + np.abs(offset)) * (1 + 1e-6) + inexact) * UP
     errors: dict[str, Array] = {program.input: np.zeros(len(images))}
 
-    def inside(arguments: Sequence[str], source: str, nodes: Sequence[str]) -> Array:
+    def inside(arguments: Sequence[str], nodes: Sequence[str]) -> Array:
         found = np.zeros(len(images))
         for name in nodes:
             if arisen[name].any():
-                found = found + cheap_norm(program.trace(arguments, name, nodes)) * arisen[name]
+                found = found + program.path(arguments, name, nodes) * arisen[name]
         return found
 
     for step in steps:
@@ -1096,18 +1115,18 @@ def evaluate(
             constant = program.operation(step.value).constant
             error = error + arisen[step.value]
         if step.nodes:
-            error = error + constant * inside(step.arguments, step.sources[0], step.nodes)
+            error = error + constant * inside(step.arguments, step.nodes)
         errors[step.value] = error * UP
     after = {}
     for head in heads:
-        after[head] = errors[head], inside([program.output], head, program.between([program.output], head)) * UP
+        after[head] = errors[head], inside([program.output], program.between([program.output], head)) * UP
     logits = results[program.output].reshape(len(images), -1)
     return logits, errors[program.output], after
 
 
 def _norms(x: Array) -> Array:
     """Return upper bounds of the l2 norms of the entries of a batch."""
-    flat = np.broadcast_to(x, x.shape).reshape(len(x), -1)
+    flat = x.reshape(len(x), -1)
     return np.sqrt(np.square(flat).sum(1)) * (1 + gamma(flat.shape[1] + 8)) + 1e-150
 
 
@@ -1266,7 +1285,7 @@ def check(
                 progress(len(part))
     except Rejected as error:
         return Report(False, str(error))
-    except (RecursionError, MemoryError, OverflowError) as error:
+    except (RecursionError, MemoryError, OverflowError, np.linalg.LinAlgError) as error:
         return Report(False, f"the certificate is too large to be rechecked ({type(error).__name__})")
     own = [(s.value, f, c) for s in steps for f, c in zip(s.factors, s.claimed, strict=True)]
     upper = _number(proof, "upper", "proof")
