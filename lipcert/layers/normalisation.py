@@ -13,8 +13,8 @@ from torch import Tensor, nn
 class CenterNorm(nn.Module):
     """Subtract the mean over the channels and apply a learned scale and shift per channel.
 
-    `weight * D/(D-1) * (x - mean) + bias` for inputs (n, D, ...), D >= 2, or (n, ..., D) with `axis=-1`. Affine, of norm
-    at most `max|weight| * D/(D-1)`.
+    `weight * D/(D-1) * (x - mean) + bias` for inputs (n, D, ...), or (n, ..., D) with `axis=-1`, D >= 2. Affine, of
+    norm at most `max|weight| * D/(D-1)`.
 
     >>> CenterNorm(4)(torch.ones(1, 4, 2, 2)).abs().max().item()
     0.0

@@ -107,7 +107,9 @@ def matrix_norm(matrix: Tensor) -> float:
 
 
 @torch.no_grad()
-def published_bound(stages: list[tuple[nn.Module | None, list[LipsFormerBlock], int, int]], outer: float) -> dict[str, Any]:
+def published_bound(
+    stages: list[tuple[nn.Module | None, list[LipsFormerBlock], int, int]], outer: float
+) -> dict[str, Any]:
     """Evaluate LipsFormer's theorem: ∏ (1 + max|α| Lip(branch)) over all branches, times what is around them.
 
     The attention of a head counts with theorem 1, `2 ν ε^(-1/2) (N(N-1) τ ‖W_K‖ + (N-1) τ ‖W_Q‖ + N ‖W_V‖)`, and with
@@ -137,8 +139,8 @@ def published_bound(stages: list[tuple[nn.Module | None, list[LipsFormerBlock], 
         "value": values[0],
         "refined": values[1],
         "formula": "prod (1 + max|alpha| Lip(branch)), attention by theorem 1 of arXiv 2304.09856",
-        "note": "\"refined\" has the attention's constant of arXiv 2510.23012. Norms are computed without error bounds. "
-        "The theorem has normalised values: for the released code, which has none, both are infinite.",
+        "note": "'refined' has the attention's constant of arXiv 2510.23012. Norms have no error bounds. The"
+        "  theorem has normalised values: for the released code, which has none, both are infinite.",
     }
 
 

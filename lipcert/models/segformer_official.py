@@ -31,12 +31,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from lipcert.errors import InputError
+from lipcert.models.official import fill, read_state
 from lipcert.models.segformer import SegFormer
 
 _LEFT_OUT = re.compile(r"(backbone\.)?head\.|decode_head\.conv_seg\.|.*\.num_batches_tracked$")
@@ -100,7 +98,7 @@ def load_official(
         ...
     lipcert.errors.InputError: the weights lack decoder.classifier.bias and 61 others; they are of another model
     """
-    found = convert(_read(weights) if isinstance(weights, str | Path) else weights)
+    found = convert(read_state(weights) if isinstance(weights, str | Path) else weights)
     wanted = {
         name: tensor
         for name, tensor in model.state_dict().items()
@@ -110,15 +108,7 @@ def load_official(
         found, wanted = (
             {name: tensor for name, tensor in state.items() if name.startswith("stages.")} for state in (found, wanted)
         )
-    for names, what in ((wanted.keys() - found.keys(), "lack"), (found.keys() - wanted.keys(), "also hold")):
-        if names:
-            more = f" and {len(names) - 1} others" if len(names) > 1 else ""
-            raise InputError(f"the weights {what} {min(names)}{more}; they are of another model")
-    for name, tensor in wanted.items():
-        if found[name].shape != tensor.shape:
-            shapes = f"{tuple(found[name].shape)}, not {tuple(tensor.shape)}"
-            raise InputError(f"{name} of the weights is {shapes}; they are of another model or other classes")
-    model.load_state_dict(found, strict=False)
+    fill(model, found, wanted)
     return model
 
 
@@ -138,23 +128,3 @@ def convert(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             converted[name] = tensor
     return converted
-
-
-def _read(path: str | Path) -> Mapping[str, Tensor]:
-    """Read a state dict; the training frameworks put it under "state_dict" or "model"."""
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            import safetensors.torch
-
-            return safetensors.torch.load_file(path)
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # both readers raise whatever they trip over
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{path} is not a readable file of weights ({reason})") from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and key in content:
-            content = content[key]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise InputError(f"{path} holds no state dict; save one with torch.save(model.state_dict(), …)")
-    return content

@@ -88,7 +88,9 @@ def shiftvit(
     return network
 
 
-def patch_convolution(in_dim: int, out_dim: int, size: int, grid: int, *, bias: bool = True, padding: int = 0) -> nn.Conv2d:
+def patch_convolution(
+    in_dim: int, out_dim: int, size: int, grid: int, *, bias: bool = True, padding: int = 0
+) -> nn.Conv2d:
     """A patch convolution: kernel = stride = `size`; orthogonal at the start."""
     if grid < size:
         raise InputError(
@@ -171,7 +173,11 @@ def lipshift_published(
     rates = _rising(drop_path, sum(depths))
     dim, grid = embed_dim, (img_size + 2 * padding) // 2
     parts: list[Part | nn.Module] = [
-        Affine((in_chans, img_size, img_size), patch_convolution(in_chans, dim, 2, img_size, padding=padding), CenterNorm(dim)),
+        Affine(
+            (in_chans, img_size, img_size),
+            patch_convolution(in_chans, dim, 2, img_size, padding=padding),
+            CenterNorm(dim),
+        ),
         Dropout(dropout),
     ]
     for stage, depth in enumerate(depths):

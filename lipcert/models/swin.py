@@ -6,10 +6,10 @@
   attention, branches weighted by 1/blocks at the start, spectral initialisation.
 
 `released=True` builds what the authors' code computes and their checkpoint fits: values not normalised, ν = 1, τ = 10
-fixed, rows divided by max(‖row‖, 1e-12), windows never shifted. Its attention has no global constant. Without it, values
-are normalised, rows are divided by √(‖row‖² + ε), and windows shift. From the released code either way: sizes, the
-order of branches and norms, numbers of heads, GELU, drop-path rates. Ours, because the paper's text was not at hand:
-τ = 10, ν = 1 and ε = 1e-6 of the published form, all of them arguments.
+fixed, rows divided by max(‖row‖, 1e-12), windows never shifted. Its attention has no global constant. Without it,
+values are normalised, rows are divided by √(‖row‖² + ε), and windows shift. From the released code either way: sizes,
+the order of branches and norms, numbers of heads, GELU, drop-path rates. Ours, because the paper's text was not at
+hand: τ = 10, ν = 1 and ε = 1e-6 of the published form, all of them arguments.
 
 Maps have their channels last. Inputs are pixels in [0, 1]; the normalisation of ImageNet is the first layer.
 """

@@ -41,7 +41,8 @@ COUNTERPARTS = (
         (*_ATTENTION, "softmax", "bmm", "matmul"),
         "Dot-product attention multiplies values that depend on the input",
         "queries and keys of any length make it steep: without a bounded input it has no finite constant",
-        "scaled cosine similarity attention, whose queries, keys and values are normalised rows",
+        "scaled cosine similarity attention, whose queries, keys and values are rows divided by √(‖row‖² + ε), with ε "
+        "of order 1 (lipcert.layers.ScaledCosineAttention; its values=False has no constant)",
     ),
     Counterpart(
         ("batch_norm",),

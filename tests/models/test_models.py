@@ -16,16 +16,30 @@ from lipcert.export import export
 from lipcert.models.shiftvit import LipShiFTPaper, lipshift, lipshift_published
 from lipcert.registry import create_model, models
 
+_SWIN = dict(embed_dim=8, depths=[2, 1], num_heads=[2, 2], window_size=2, patch_size=2)
+_CSWIN = dict(embed_dim=8, depths=[1, 1], num_heads=[2, 2], splits=[1, 1], patch_size=2)
 SMALL = {  # small enough for a test, same code
     "shiftvit": dict(embed_dim=16, depths=[1, 1], patch_size=2),
     "lipshift": dict(embed_dim=12, depths=[1, 1], neck=16),
     "lipshift_paper": dict(embed_dim=12, depths=[1, 1]),
     "lipsegformer": dict(embed_dim=12, depths=[1, 1], decoder_depths=[1]),
+    "swin": _SWIN,
+    "lipsformer_swin": _SWIN,
+    "cswin": _CSWIN,
+    "lipsformer_cswin": _CSWIN,
+    "1lip": dict(embed_dim=12, depths=[1, 1], attention=[False, True], num_heads=2, neck=16),
     "segformer": dict(embed_dims=[8, 16], depths=[1, 1], num_heads=[1, 2], reductions=[2, 1], mlp_ratios=[2, 2]),
 }
-ARGUMENTS = {
-    name: SMALL["lipshift_paper"] if name == "lipshift_paper" else SMALL[name.split("_")[0]] for name in models.list()
-}
+
+
+def _arguments(name: str) -> dict:
+    """Return the arguments of the longest entry of SMALL that the name starts with; "1lip" is what a name ends with."""
+    if name.endswith("_1lip"):
+        return SMALL["1lip"]
+    return SMALL[max((family for family in SMALL if name.startswith(family)), key=len)]
+
+
+ARGUMENTS = {name: _arguments(name) for name in models.list()}
 
 
 @pytest.mark.parametrize("name", models.list())
