@@ -2,6 +2,7 @@
 
 from lipcert.layers.activations import GroupSort as GroupSort
 from lipcert.layers.activations import MaxMin as MaxMin
+from lipcert.layers.almost_orthogonal import AOLLinear as AOLLinear
 from lipcert.layers.attention import DotProductAttention as DotProductAttention
 from lipcert.layers.attention import ScaledCosineAttention as ScaledCosineAttention
 from lipcert.layers.dropout import Dropout as Dropout

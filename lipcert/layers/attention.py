@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lipcert.layers.almost_orthogonal import AOLLinear
 from lipcert.layers.precision import own_precision
 from lipcert.layers.windows import Size, relative_index
 
@@ -42,8 +43,8 @@ class DotProductAttention(nn.Module):
         if heads < 1 or dim % heads:
             raise ValueError(f"{heads} heads do not divide {dim} channels")
         self.dim, self.heads, self.window = dim, heads, window
-        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv: nn.Linear | AOLLinear = nn.Linear(dim, 3 * dim, bias=bias)
+        self.proj: nn.Linear | AOLLinear = nn.Linear(dim, dim)
         self.table: nn.Parameter | None = None
         if window is not None:
             self.table = nn.Parameter(torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1), heads))
@@ -92,6 +93,7 @@ class ScaledCosineAttention(DotProductAttention):
         eps: under the root; positive. A constant grows as 1/√eps: of order 1 for a certificate.
         values: normalise the rows of V as well. Without, there is no global constant.
         clamp: divide by max(‖row‖, eps) instead, with the constant 1/eps.
+        orthogonal: projections of norm at most 1 by construction (`AOLLinear`).
 
     >>> layer = ScaledCosineAttention(8, 2, tau=1.0, eps=1.0)
     >>> layer(100 * torch.ones(1, 4, 8)).shape
@@ -100,13 +102,15 @@ class ScaledCosineAttention(DotProductAttention):
 
     def __init__(
         self, dim: int, heads: int, *, tau: float, nu: float = 1.0, eps: float = 1.0, values: bool = True,
-        clamp: bool = False, window: Size | None = None, bias: bool = True,
+        clamp: bool = False, orthogonal: bool = False, window: Size | None = None, bias: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(dim, heads, window=window, bias=bias)
         for name, number in (("tau", tau), ("nu", nu), ("eps", eps)):
             if not number > 0:
                 raise ValueError(f"{name} of scaled cosine attention must be positive, not {number}")
         self.tau, self.nu, self.eps, self.values, self.clamp = tau, nu, eps, values, clamp
+        if orthogonal:
+            self.qkv, self.proj = AOLLinear(dim, 3 * dim, blocks=3, bias=bias), AOLLinear(dim, dim)
 
     @property
     def temperature(self) -> float:
@@ -132,7 +136,7 @@ class ScaledCosineAttention(DotProductAttention):
         """
         if not self.values:
             raise ValueError("attention whose values are not normalised has no Lipschitz constant; use values=True")
-        with own_precision(self.proj.weight):
+        with own_precision(norms[0]):
             spread = norms[0].new_tensor(2 * self.tau)
             if (positions := self.positions) is not None:
                 spread = spread + (positions.amax(-1) - positions.amin(-1)).amax()

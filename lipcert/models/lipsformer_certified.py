@@ -3,8 +3,9 @@
 What differs from LipsFormer (arXiv 2304.09856), which was made for stable training and has constants no certificate can
 use:
 
-- values are normalised, ε is 1, and ν is chosen so that the attention of a window with projections of norm 1 has the
-  constant 1, by the bound of `lipcert.bounds.attention`, which grows as √N where the paper's grows as N²;
+- values are normalised, ε is 1, projections have norm at most 1 by construction, and ν is chosen so that the attention
+  of a window has then the constant 1 (with biases of positions that differ by D, a little more), by the bound of
+  `lipcert.bounds.attention`, which grows as √N where the paper's grows as N²;
 - an attention branch joins its input as a mean, `(1 - a) x + a f(x)` with a learned in (0, 1), no steeper than the
   steeper of both (`residual="convex"`), or as published, `x + a f(x)` (`residual="weighted"`);
 - positions are mixed by LipShiFT's linear blocks, `MaxMin(x + s K center(shift(x)))`, and channels by the same with a
@@ -36,12 +37,13 @@ from lipcert.registry import models
 class Third(nn.Module):
     """Queries, keys or values of a joint projection, as an affine module of their own for the power iteration."""
 
-    def __init__(self, qkv: nn.Linear, number: int) -> None:
+    def __init__(self, qkv: nn.Module, number: int) -> None:
         super().__init__()
         self.qkv, self.number = qkv, number
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.qkv.weight.chunk(3)[self.number])
+        weight: Any = self.qkv.weight
+        return F.linear(x, weight.chunk(3)[self.number])
 
     def extra_repr(self) -> str:
         return f"{self.number}"
@@ -55,11 +57,13 @@ class AttentionBlock(Part):
     Args:
         window: side of the windows; it must divide the map.
         start: a before training.
+        orthogonal: projections of norm at most 1 by construction; else they are free, and the loss has to hold them.
     """
 
     def __init__(
         self, in_shape: tuple[int, int, int], *, heads: int, window: int, shift: bool, tau: float, eps: float,
         residual: str, start: float,
+        orthogonal: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         dim, height, width = in_shape
@@ -73,12 +77,15 @@ class AttentionBlock(Part):
             raise InputError(f"the weight of the attention must start in (0, 1), not at {start}")
         self.dim, self.tokens, self.residual = dim, window * window, residual
         attention = ScaledCosineAttention(
-            dim, heads, tau=tau, nu=unit_nu(self.tokens, tau, eps), eps=eps, window=(window, window)
-        )
-        for third in (*attention.qkv.weight.detach().chunk(3), attention.proj.weight):
-            nn.init.orthogonal_(third)
-        nn.init.zeros_(attention.qkv.bias)
-        nn.init.zeros_(attention.proj.bias)
+            dim, heads, tau=tau, nu=unit_nu(self.tokens, tau, eps), eps=eps, orthogonal=orthogonal,
+            window=(window, window),
+        )  # fmt: skip
+        if not orthogonal:  # the start is the same
+            for third in (*attention.qkv.weight.detach().chunk(3), attention.proj.weight):
+                nn.init.orthogonal_(third)
+        for linear in (attention.qkv, attention.proj):
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
         self.mix = WindowMix(attention, (window, window), shift=shift, masked=False)
         self.attention = attention
         self.weight = nn.Parameter(torch.tensor(math.log(start / (1 - start)) if residual == "convex" else start))
@@ -135,6 +142,7 @@ def lipsformer_certified(
     *, num_classes: int, img_size: int, in_chans: int, embed_dim: int, depths: Sequence[int],
     attention: Sequence[bool] | None = None, num_heads: Sequence[int] | int = 4, window_size: int = 4,
     patch_size: int | None = None, tau: float = 1.0, eps: float = 1.0, residual: str = "convex", start: float = 0.2,
+    orthogonal: bool = True,
     kernel_size: int = 3, scale: float = 0.2, divisor: int = 12, neck: int = 512,
 ) -> PartNetwork:  # fmt: skip
     """Build the certified arrangement.
@@ -144,7 +152,7 @@ def lipsformer_certified(
         attention: which stages attend; None: all.
         window_size: side of the windows, no more than the map.
         patch_size: side of the first patches; None chooses as `lipshift` does.
-        tau, eps, residual, start: of the attention, see `AttentionBlock`.
+        tau, eps, residual, start, orthogonal: of the attention, see `AttentionBlock`.
         neck: width of the dense layer over the last map.
     """
     stages = len(depths)
@@ -174,7 +182,7 @@ def lipsformer_certified(
             if attends[stage]:
                 block = AttentionBlock(
                     shape, heads=heads[stage], window=min(window_size, grid), shift=i % 2 == 1, tau=tau, eps=eps,
-                    residual=residual, start=start,
+                    residual=residual, start=start, orthogonal=orthogonal,
                 )  # fmt: skip
                 parts += [block, ChannelMix(shape, scale)]
     parts += [Affine((dim, grid, grid), patch_convolution(dim, neck, grid, grid)), Activation()]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lipcert.bounds import audit
 from lipcert.export import export
-from lipcert.layers import CenterNorm, DotProductAttention, ScaledCosineAttention, WindowMix
+from lipcert.layers import AOLLinear, CenterNorm, DotProductAttention, ScaledCosineAttention, WindowMix
 from lipcert.layers.windows import merge, partition, relative_index, shift_mask
 
 
@@ -29,6 +29,9 @@ test_biases_of_positions = layer_contract(lambda: cosine(window=(2, 3)), (6, 4))
 test_windows = layer_contract(lambda: WindowMix(cosine(window=(2, 2)), (2, 2)), (4, 4, 4))
 test_shifted = layer_contract(lambda: WindowMix(cosine(window=(2, 2)), (2, 2), shift=True), (4, 4, 4))
 test_padded = layer_contract(lambda: WindowMix(cosine(), (2, 2), shift=True), (3, 3, 4))
+test_orthogonal = layer_contract(lambda: cosine(orthogonal=True), (5, 4))
+test_aol = layer_contract(lambda: AOLLinear(4, 6), (4,))
+test_aol_blocks = layer_contract(lambda: AOLLinear(4, 12, blocks=3, bias=False), (3, 4))
 test_center_last = layer_contract(lambda: CenterNorm(4, axis=-1), (3, 3, 4))
 
 
@@ -170,6 +173,26 @@ def test_estimate_has_gradients_that_lower_it() -> None:
         for parameter, gradient in zip([layer.qkv.weight, layer.proj.weight, layer.table], gradients, strict=True):
             parameter -= 0.01 * gradient
     assert estimate() < before
+
+
+@settings(deadline=None)
+@given(
+    inputs=st.integers(1, 6), rows=st.integers(1, 6), blocks=st.integers(1, 3), seed=st.integers(0, 999),
+    scale=st.sampled_from([0.0, 1e-3, 1.0, 1e5]),
+)  # fmt: skip
+def test_blocks_have_norm_at_most_one_whatever_the_parameter_is(inputs, rows, blocks, seed, scale) -> None:
+    torch.manual_seed(seed)
+    layer = AOLLinear(inputs, rows * blocks, blocks=blocks).double()
+    layer.raw.data.normal_().mul_(scale)
+    for block in layer.weight.detach().chunk(blocks):
+        assert torch.linalg.matrix_norm(block, 2) <= 1 + 1e-12
+
+
+def test_orthogonal_columns_stay_as_they_are() -> None:
+    layer = AOLLinear(3, 8, blocks=2).double()
+    for block in layer.raw.detach().chunk(2):
+        nn.init.orthogonal_(block)
+    torch.testing.assert_close(layer.weight.detach(), layer.raw.detach())
 
 
 def test_wrong_arguments_are_refused() -> None:

@@ -272,7 +272,8 @@ def test_unit_nu_gives_the_attention_the_constant_one(shape: tuple[int, int]) ->
 
 @pytest.mark.parametrize(
     "options",
-    [dict(depths=[2]), dict(depths=[2], residual="weighted", eps=0.3), dict(depths=[1, 2], attention=[False, True]),
+    [dict(depths=[2]), dict(depths=[2], residual="weighted", eps=0.3, orthogonal=False),
+     dict(depths=[1, 2], attention=[False, True]),
      dict(depths=[1, 1], num_heads=[2, 3], tau=3.0, window_size=2), dict(depths=[2], attention=[False])],
 )  # fmt: skip
 def test_estimate_proof_and_attack_agree(options: dict) -> None:
@@ -299,6 +300,20 @@ def test_a_convex_branch_of_constant_one_costs_nothing_and_a_weighted_one_its_we
         nn.init.zeros_(block.attention.table)
         proved = audit(export(block), (8, 4, 4)).upper.require_upper()
         assert proved == pytest.approx(constant, rel=5e-3)
+
+
+def test_whatever_training_does_a_convex_branch_stays_bounded_by_its_biases() -> None:
+    """Projections of norm at most 1: after any step the constant is that of ν, times what the position biases add."""
+    torch.manual_seed(0)
+    block = AttentionBlock((8, 4, 4), heads=2, window=2, shift=True, tau=1.0, eps=1.0, residual="convex", start=0.9)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter += 30 * torch.randn_like(parameter)
+        block.attention.table.clamp_(-0.5, 0.5)
+    worst = math.exp(-3.0)  # spread 2τ + 1
+    q = 1 / (1 + 3 * worst)
+    limit = unit_nu(4, 1.0, 1.0) * (1 + 2 * math.sqrt(4 * q))
+    assert audit(export(block), (8, 4, 4)).upper.require_upper() <= max(1.0, limit) * 1.01
 
 
 @pytest.mark.parametrize("eps", [1e-6, 1.0])
