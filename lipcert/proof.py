@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lipcert.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from lipcert.bounds.audit import Audit
     from lipcert.bounds.core import Bound
@@ -88,6 +88,19 @@ class Proof:
         from safetensors.torch import save
 
         return save({name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()})
+
+
+def program_of(model: nn.Module, input_shape: Sequence[int]) -> tuple[dict[str, Any], bytes]:
+    """Return the list of operators of an exported network and its safetensors file, as `Proof` writes them."""
+    import torch
+    from safetensors.torch import save
+
+    from lipcert.bounds.patterns import lift
+    from lipcert.bounds.tracing import trace
+
+    with torch.no_grad():
+        program, tensors = _program(lift(trace(model, tuple(input_shape))))
+    return program, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def require_finite(audit: Audit) -> None:

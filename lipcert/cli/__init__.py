@@ -19,7 +19,7 @@ import click
 import lipcert
 from lipcert.errors import Finding, InputError, unknown
 
-COMMANDS = ("train", "bound", "certify", "attack", "report", "export", "models", "data", "presets", "env")
+COMMANDS = ("train", "bound", "certify", "attack", "verify", "report", "export", "models", "data", "presets", "env")
 
 
 class LazyGroup(click.Group):
