@@ -3,6 +3,9 @@
 What Lipschitz continuity changes of SegFormer (arXiv 2105.15203, `segformer.py`):
 
 - patches are merged without overlap: by one convolution at the start, by pixel-unshuffle between stages, an isometry;
+- each channel's mean over the image is taken away, a projection, so that brightness counts for nothing; and a learned
+  map of constants is added behind the first convolution, which makes nothing steeper and says where in the image a
+  pixel is, as the zero padding of SegFormer's depthwise convolutions does;
 - blocks are those of LipShiFT, `MaxMin(x + s K center(shift(x)))`, one operator near the identity, in place of
   attention and Mix-FFN;
 - the decoder does not enlarge all stages to one size, which multiplies the constant of a map by the factor of
@@ -41,13 +44,14 @@ class LipSegFormer(Estimated):
     ) -> None:  # fmt: skip
         super().__init__()
         self.stem, self.head, self.decoder = stem, head, decoder
+        self.positions = nn.Parameter(torch.zeros(stem.out_channels, *(side // 4 for side in stem_segment[1][1:])))
         self.stages = nn.ModuleList(nn.Sequential(*blocks) for blocks in stages)
         self.depths = [len(blocks) for blocks in stages]
         inner = [segment for blocks in stages for block in blocks for segment in block.segments()]
         self.power = PowerIteration([stem_segment, *inner, *decoder.segments()])
 
     def forward(self, x: Tensor) -> Tensor:
-        x, kept = self.stem(x - 0.5), []
+        x, kept = self.stem(x - x.mean((2, 3), keepdim=True)) + self.positions, []
         for i, stage in enumerate(self.stages):
             x = stage(x)
             if i + 1 < len(self.stages):
