@@ -114,7 +114,7 @@ def unit_nu(tokens: int, tau: float, eps: float) -> float:
     """Return the ν for which attention among `tokens` with projections of norm 1 has the constant 1.
 
     >>> round(unit_nu(16, 1.0, 1.0), 4)
-    0.1785
+    0.1787
     """
     row = Rows(1.0, 1.0)
     return math.sqrt(eps) / sum(coefficients(row, row, row, tau, column_sums(2 * tau, None, tokens, tokens)))
