@@ -90,6 +90,7 @@ def load_official(
 
     Raises InputError for a file that cannot be read, and for weights that are missing, left over or of another shape.
 
+    >>> import torch
     >>> from lipcert.registry import create_model
     >>> small = dict(img_size=32, embed_dims=[8, 8], depths=[1, 1], num_heads=[1, 2], reductions=[2, 1])
     >>> model = create_model("segformer_b0", mlp_ratios=[4, 4], **small)
