@@ -7,6 +7,7 @@ else: neither on how the model was trained nor on what its layers claim.
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -69,6 +70,24 @@ class Head:
 
 
 @dataclass(frozen=True)
+class PixelHead:
+    """The last linear layer of a map, z_i = W φ_i + b at every position i: a convolution with kernel 1 (1 x 1).
+
+    `joint` bounds the features φ of all positions together, `pixel` those of any one position; `weight` is W (K, d).
+    `source` names φ in the graph.
+    """
+
+    joint: Bound
+    pixel: Bound
+    weight: Tensor = field(repr=False)
+    source: str = ""
+
+    def distances(self) -> Tensor:
+        """Return upper bounds of ‖w_i - w_j‖, (K, K) in float64, zero on the diagonal."""
+        return _differences(self.weight).fill_diagonal_(0.0)
+
+
+@dataclass(frozen=True)
 class Audit:
     """The proved bound of a model from images (l2) to outputs (l2), and where it comes from. `print` shows a table."""
 
@@ -83,6 +102,7 @@ class Audit:
     seconds: float
     outputs: int
     position: Bound | None = None  # of dimension 1 at any one position, where the output is a map
+    pixel_head: PixelHead | None = None  # where a convolution with kernel 1 makes that map
     box: tuple[Tensor, Tensor] | None = field(default=None, repr=False)  # where it holds, if not in all of `domain`
 
     def pairwise(self) -> Tensor:
@@ -151,12 +171,19 @@ def audit(
         graph = lift(trace(model, shape))
         last = _last_linear(graph)
         positions = Positions(graph)
-        keep = {graph.output} | ({last[0]} if last else set()) | positions.needed
+        pointwise = _last_pointwise(graph)
+        keep = {graph.output, *(found[0] for found in (last, pointwise) if found)} | positions.needed
         context, kept = propagate(graph, method, keep, box or interval, tightness)
         output = kept[graph.output]
         segment = _last_segment(context, output) if len(output.shape) == 2 else None
         upper = context.bound(output)
         position = positions.bound(context, kept)
+        pixel_head = None
+        if pointwise is not None and positions.separate:
+            name, weight = pointwise
+            joint = context.bound(kept[name])
+            pixel = min(joint, positions.bound_at(name, context, kept), key=lambda bound: bound.order)
+            pixel_head = PixelHead(joint, pixel, weight, name)
         head = None
         if last is not None:
             penultimate = context.bound(kept[last[0]])
@@ -179,7 +206,7 @@ def audit(
     seconds = time.perf_counter() - start
     sha256 = graph.weights_sha256()
     return Audit(
-        upper, layers, unbounded, sha256, shape, interval, head, program, seconds, outputs, position, box
+        upper, layers, unbounded, sha256, shape, interval, head, program, seconds, outputs, position, pixel_head, box
     )  # fmt: skip
 
 
@@ -209,6 +236,22 @@ def _last_linear(graph: Graph) -> tuple[str, Tensor] | None:
     if node.op == "aten.addmm.default" and isinstance(node["mat1"], Ref) and isinstance(node["mat2"], Tensor):
         return node["mat1"].name, node["mat2"].T
     return None
+
+
+def _last_pointwise(graph: Graph) -> tuple[str, Tensor] | None:
+    """Return the name of φ and the matrix W where the output is W φ_i + b at every position i, else None."""
+    node = next(node for node in graph.nodes if node.name == graph.output)
+    if not re.fullmatch(r"aten\.conv[123]d\.default", node.op):
+        return None
+    weight, x = node["weight"], node["input"]
+    if not isinstance(weight, Tensor) or not isinstance(x, Ref) or len(node.shape) != weight.ndim:
+        return None
+    ones = {*weight.shape[2:], node["groups"], *_sizes(node["stride"])} == {1}
+    return (x.name, weight.flatten(1)) if ones and set(_sizes(node["padding"])) == {0} else None
+
+
+def _sizes(argument: int | Sequence[int]) -> Sequence[int]:
+    return (argument,) if isinstance(argument, int) else argument
 
 
 def _last_segment(context: Context, output: Value) -> tuple[Bound, str, Tensor, float] | None:

@@ -92,6 +92,12 @@ class Positions:
         known: dict[tuple[str, int], Bound] = {}
         return self._bound(self._output, 1, context, values, known)
 
+    def bound_at(self, name: str, context: Context, values: Mapping[str, Value]) -> Bound:
+        """Return L_pix of another value of the graph, one of `values`, whose dimension 1 holds the channels."""
+        if self._readings.get((name, 1)) is None:
+            return context.bound(values[name])
+        return self._bound(name, 1, context, values, {})
+
     def _plan(self, name: str, channel: int) -> bool:
         """Read a value and what is behind it; return whether L_pix can be less than L there."""
         pending: list[tuple[str, int, bool]] = [(name, channel, False)]
@@ -111,9 +117,7 @@ class Positions:
                 pending.append((name, channel, True))
                 pending += [(s.name, s.channel, False) for s in sources]
                 continue
-            gains[key] = reading is not None and (
-                reading.enlarges or any(gains[s.name, s.channel] for s in sources)
-            )
+            gains[key] = reading is not None and (reading.enlarges or any(gains[s.name, s.channel] for s in sources))
             if not gains[key]:
                 self._readings[key] = None
         self._collect(gains)

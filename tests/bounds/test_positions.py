@@ -208,3 +208,50 @@ def test_every_operator_with_positions_has_a_rule_and_none_has_two() -> None:
     assert POSITIONED.keys() <= RULES.keys() | {"aten.log_softmax.int"}
     with pytest.raises(ValueError, match="already has a rule"):
         positioned("aten.relu.default")(lambda node, channel, nodes: None)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("enlarged", [False, True])
+def test_a_pointwise_convolution_at_the_end_gives_features_and_weight(bias: bool, enlarged: bool) -> None:
+    """Both constants are above the features' own Jacobian, and rows of W times the features' are above each pair's."""
+    parts = dict(a=conv(4, 5, 3, padding=1), head=conv(5, 3, 1, bias=bias))
+    nn.init.normal_(parts["head"].weight)
+
+    def features(m, x: Tensor) -> Tensor:
+        return up(m.a(x).tanh(), 2) if enlarged else m.a(x).tanh()
+
+    result, _ = check(Apply(lambda m, x: m.head(features(m, x)), **parts))
+    head = result.pixel_head
+    assert head is not None and torch.equal(head.weight, parts["head"].weight.detach().flatten(1))
+    inner = Apply(features, **parts)
+    one, whole = blocks(inner, SHAPE)
+    assert one <= head.pixel.require_upper() * (1 + 1e-9) and whole <= head.joint.require_upper() * (1 + 1e-9)
+    assert (head.pixel.value < head.joint.value / 1.9) == enlarged
+    rows = head.weight[:, None] - head.weight[None]
+    distances = head.distances()
+    assert bool((distances >= rows.norm(dim=2)).all()) and bool((distances.diagonal() == 0).all())
+    torch.testing.assert_close(distances, rows.norm(dim=2), rtol=1e-6, atol=1e-6)
+    model = Apply(lambda m, x: m.head(features(m, x)), **parts).double().eval()
+    matrix = _jacobian(model, torch.rand(1, *SHAPE, dtype=torch.float64))  # (3, h, w, inputs)
+    for i in range(3):
+        for j in range(i):
+            change = (matrix[i] - matrix[j]).flatten(0, -2)  # of z_i - z_j, at every position
+            assert bool((change.norm(dim=1) <= distances[i, j] * head.pixel.value * (1 + 1e-9)).all())
+            assert float(torch.linalg.matrix_norm(change, 2)) <= distances[i, j] * head.joint.value * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        conv(4, 3, 3, padding=1),
+        conv(4, 4, 1, groups=2),
+        conv(4, 3, 1, stride=2),
+        conv(4, 3, 1, padding=1),
+        nn.Sequential(conv(4, 3, 1), nn.ReLU()),
+        nn.Sequential(conv(4, 3, 1), nn.Upsample(scale_factor=2)),
+        nn.Sequential(conv(4, 3, 1), nn.Flatten()),
+    ],
+    ids=["3x3", "groups", "stride", "padding", "activation behind", "enlarged behind", "flattened behind"],
+)
+def test_what_is_almost_a_pointwise_head_is_none(last: nn.Module) -> None:
+    assert audit(nn.Sequential(conv(), nn.Tanh(), last), SHAPE).pixel_head is None
