@@ -40,7 +40,7 @@ UNIT = 2.0**-53
 UP = 1.0 + 2.0**-44  # more than 100 roundings of positive numbers
 JSON_BYTES, JSON_DEPTH, TENSOR_BYTES = 64 << 20, 64, 4 << 30
 ENTRIES = 1 << 26  # of one array that is formed
-DENSE_SIDE = 3000
+DENSE_SIDE = 2048
 SCHEMA = 1
 COLUMNS = ("idx", "label", "predict", "radius", "correct", "time", "margin", "error", "image")
 
@@ -306,8 +306,8 @@ def apply(kernel: Kernel, x: Array) -> tuple[Array, int]:
 # --------------------------------------------------------------------------------------------------------------- norms
 
 
-def norm(kernel: Kernel, enough: float = 0.0) -> float:
-    """Return a proved upper bound of the operator norm; work on if it is above `enough`.
+def norm(kernel: Kernel) -> float:
+    """Return a proved upper bound of the operator norm.
 
     With stride s, position s·q + r of channel i is position q of channel (r, i): a map of stride 1 with s₀s₁c channels
     (`_phases`). If it has one tap K, its norm is ‖K‖, as it is if there is one position. Otherwise it is a part of the
@@ -317,7 +317,7 @@ def norm(kernel: Kernel, enough: float = 0.0) -> float:
         it, m ≥ n - (first read) and m ≥ (last read) + 1. Then inserting zeros, the torus, keeping h outputs is the map;
       - for `wraps`: m = n.
     The torus map is block diagonal in the Fourier basis: its norm is max_j ‖Σ_t K_t e^(-2πi⟨j, t⟩/m)‖.
-    Small maps are written out as one matrix, which is never worse, if the torus does not suffice.
+    Small maps are written out as one matrix instead, whose norm is never larger.
     """
     taps, image = _phases(kernel)
     c, h, w = kernel.target
@@ -337,23 +337,21 @@ def norm(kernel: Kernel, enough: float = 0.0) -> float:
         return proved_norm(np.concatenate(inner or [np.zeros((c, 1))], axis=1)[None], kernel.error)
     if len(taps) == 1:
         return proved_norm(next(iter(taps.values()))[None], kernel.error)
+    entries = math.prod(kernel.target) * math.prod(kernel.source)
+    if min(math.prod(kernel.target), math.prod(kernel.source)) <= DENSE_SIDE and entries <= ENTRIES:
+        return proved_norm(_matrix(kernel)[None], kernel.error)
     torus = []
     for axis in (0, 1):
         offsets = [t[axis] for t in taps]
         low, high = min(0, *offsets), max(0, *offsets) + kernel.target[1 + axis] - 1
         n = image[axis]
         torus.append(n if kernel.wraps and not kernel.inside else max(n - low, high + 1, kernel.target[1 + axis]))
-    found = math.inf
-    weight = sum(frobenius(tap) for tap in taps.values()) * UP
-    if math.prod(torus) * next(iter(taps.values())).size <= 8 * ENTRIES:
-        found = 0.0
-        for blocks, error in _symbols(taps, (torus[0], torus[1]), weight):
-            found = max(found, proved_norm(blocks, error + kernel.error))
-    if found > enough and min(math.prod(kernel.target), math.prod(kernel.source)) <= DENSE_SIDE:
-        found = min(found, _dense_norm(kernel))
-    if math.isinf(found):
+    if math.prod(torus) * next(iter(taps.values())).size > 8 * ENTRIES:
         raise Rejected("the map is too large to be bounded here")
-    return found
+    weight = sum(frobenius(tap) for tap in taps.values()) * UP
+    return max(
+        proved_norm(blocks, error + kernel.error) for blocks, error in _symbols(taps, (torus[0], torus[1]), weight)
+    )
 
 
 def _phases(kernel: Kernel) -> tuple[dict[Pair, Array], Pair]:
@@ -398,11 +396,9 @@ def _symbols(taps: Mapping[Pair, Array], torus: Pair, weight: float) -> Iterator
         yield blocks.reshape(-1, *kernels.shape[1:]), 2 * gamma(len(taps) + 40) * weight * UP
 
 
-def _dense_norm(kernel: Kernel) -> float:
-    """Return a bound of the norm of the matrix of a small map."""
+def _matrix(kernel: Kernel) -> Array:
+    """Return the matrix of a small map."""
     (c, h, w), (d, y, x) = kernel.target, kernel.source
-    if c * h * w * d * y * x > ENTRIES:
-        return math.inf
     matrix = np.zeros((c, h, w, d, y, x))
     for t, tap in kernel.taps.items():
         for p in np.ndindex(h, w):
@@ -411,7 +407,7 @@ def _dense_norm(kernel: Kernel) -> float:
                 r = (r[0] % y, r[1] % x)
             if 0 <= r[0] < y and 0 <= r[1] < x:
                 matrix[:, p[0], p[1], :, r[0], r[1]] += tap
-    return proved_norm(matrix.reshape(1, c * h * w, d * y * x), kernel.error)
+    return matrix.reshape(c * h * w, d * y * x)
 
 
 def proved_norm(blocks: Array, error: float) -> float:
@@ -633,22 +629,21 @@ def _pad(
     )
 
 
-def _sum(target: Grid, shapes: Any, self: Any, other: Any, alpha: float = 1, sign: float = 1.0) -> Operation:
-    _require(type(alpha) in (int, float), "alpha")
-    inputs, kernels, offset = [], [], np.zeros(1)
-    for x, factor in ((self, 1.0), (other, sign * alpha)):
-        if isinstance(x, Value):
-            _require(x.grid == target, "broadcasting")
-            inputs.append(x.name)
-            kernels.append(Kernel({(0, 0): factor * eye(x.grid[0])}, x.grid, x.grid))
-        else:
-            _require(factor in (-1.0, 1.0) and not offset.any(), "a multiple of a constant")
-            offset = factor * _spread(x, target)
-    return Operation(inputs, kernels, offset)
+def _sum(sign: float) -> Callable[..., Operation]:
+    def operator(target: Grid, shapes: Any, self: Any, other: Any, alpha: float = 1) -> Operation:
+        _require(type(alpha) in (int, float), "alpha")
+        inputs, kernels, offset = [], [], np.zeros(1)
+        for x, factor in ((self, 1.0), (other, sign * alpha)):
+            if isinstance(x, Value):
+                _require(x.grid == target, "broadcasting")
+                inputs.append(x.name)
+                kernels.append(Kernel({(0, 0): factor * eye(x.grid[0])}, x.grid, x.grid))
+            else:
+                _require(factor in (-1.0, 1.0) and not offset.any(), "a multiple of a constant")
+                offset = factor * _spread(x, target)
+        return Operation(inputs, kernels, offset)
 
-
-def _difference(target: Grid, shapes: Any, self: Any, other: Any, alpha: float = 1) -> Operation:
-    return _sum(target, shapes, self, other, alpha, -1.0)
+    return operator
 
 
 def _spread(constant: Any, target: Grid) -> Array:
@@ -765,8 +760,8 @@ AFFINE: dict[str, Callable[..., Operation]] = {
     "aten.roll.default": _roll,
     "aten.cat.default": _cat,
     "aten.pad.default": _pad,
-    "aten.add.Tensor": _sum,
-    "aten.sub.Tensor": _difference,
+    "aten.add.Tensor": _sum(1.0),
+    "aten.sub.Tensor": _sum(-1.0),
     "aten.mul.Tensor": _product,
     "lipcert.center": _center,
     "aten.avg_pool2d.default": _average,
@@ -889,14 +884,12 @@ class Program:
             if name == start:
                 continue
             operation = self.operation(name)
-            parts = [compose(k, maps[x]) for x, k in zip(operation.inputs, operation.kernels, strict=True) if x in maps]
-            if parts:
-                try:
+            try:
+                inputs = zip(operation.inputs, operation.kernels, strict=True)
+                if parts := [compose(kernel, maps[x]) for x, kernel in inputs if x in maps]:
                     maps[name] = total(parts)
-                except Rejected as error:
-                    raise Rejected(
-                        f"operator {self.nodes[name]['op']} ({name}) cannot be rechecked: {error}"
-                    ) from error
+            except Rejected as error:
+                raise Rejected(f"operator {self.nodes[name]['op']} ({name}) cannot be rechecked: {error}") from error
         missing = [name for name in values if name not in maps]
         if missing:
             raise Rejected(f"{missing[0]} does not depend on {start}")
@@ -999,14 +992,14 @@ def _confirm(
         _require(len(sources) == 1, "an affine function has one source")
         arguments: Sequence[str] = [value]
         nodes = program.between(arguments, sources[0])
-        factors = [norm(program.trace(arguments, sources[0], nodes), claimed[0])]
+        factors = [norm(program.trace(arguments, sources[0], nodes))]
     elif op in FUNCTIONS:
         _require(rule == FUNCTIONS[op][0], f"the operator of the value is {op}, which is not called {rule!r}")
         operation = program.operation(value)
         arguments = operation.inputs
         if len(sources) == 1 and list(sources) != list(arguments):
             nodes = program.between(arguments, sources[0])
-            factors = [norm(program.trace(arguments, sources[0], nodes), claimed[0] / operation.constant)]
+            factors = [norm(program.trace(arguments, sources[0], nodes))]
             factors = [f if operation.constant == 1.0 else f * operation.constant * UP for f in factors]
         else:
             _require(list(sources) == list(arguments), "the sources are not its arguments in order")
@@ -1058,10 +1051,10 @@ def pairwise(program: Program, bounds: Mapping[str, float], heads: Sequence[str]
 def evaluate(
     program: Program, steps: Sequence[Step], heads: Sequence[str], images: Array
 ) -> tuple[Array, Array, dict[str, tuple[Array, Array]]]:
-    """Return logits (n, k), l2 bounds E (n,) of their errors, and (error of the head, what arises after it) for heads.
+    """Return logits (n, k), l2 bounds E (n,) of their errors, and (error, what arises after it) for heads.
 
-    At each node, something arises: for Σ_j B_j x_j + b, by the rounding of t terms at most gamma(t)(Σ_j|B_j||x_j| + |b|)
-    entry by entry, and ‖B_j computed - B_j‖‖x_j‖; nothing if entries are only moved. What arises at a node inside a step
+    At each node, something arises: for Σ_j B_j x_j + b, by the rounding of t terms gamma(t)(Σ_j|B_j||x_j| + |b|) at most
+    entry by entry, and ‖B_j computed - B_j‖‖x_j‖; nothing if entries are only moved. What arises at a node of a step
     reaches its value through the linear map between them (bounded by row and column sums), what the source of the step
     brings through the proved factor:
 

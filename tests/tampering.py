@@ -107,7 +107,7 @@ def weight_edited_hash_kept(files: Files, rng: Rng) -> str:
 
 @tampering
 def weight_edited_hash_fixed(files: Files, rng: Rng) -> str:
-    _edit(files, rng, files.weight(rng))
+    _edit(files, rng, pick(rng, sorted(name for name, tensor in files.tensors.items() if tensor.ndim == 4)))
     return LOGITS
 
 
@@ -119,7 +119,7 @@ def all_weights_scaled(files: Files, rng: Rng) -> str:
 
 @tampering
 def bias_edited(files: Files, rng: Rng) -> str:
-    name = pick(rng, [name for name in files.tensors if name.endswith("bias")])
+    name = pick(rng, sorted(name for name in files.tensors if name.endswith("bias") and "head" not in name))
     files.tensors[name] = files.tensors[name] + np.eye(len(files.tensors[name]))[0] * 1e-3
     return LOGITS
 
@@ -202,7 +202,7 @@ def factor_lowered_and_bounds_recomposed(files: Files, rng: Rng) -> str:
 
 @tampering
 def factor_raised_and_bounds_recomposed(files: Files, rng: Rng) -> str:
-    """A larger constant is as true as before: the radii, which rested on the smaller one, are confirmed all the same."""
+    """A larger constant is as true; the radii, which rested on the smaller one, are confirmed all the same."""
     pick(rng, files.steps)["factors"][0] *= 1.5
     recompose(files)
     return ""
@@ -282,7 +282,7 @@ def source_too_early(files: Files, rng: Rng) -> str:
     step = pick(rng, files.steps[2:])
     step["sources"] = [files.record["program"]["input"]] * len(step["sources"])
     step["bound"] = sum(step["factors"]) * 2
-    return "not an affine function|not its arguments"
+    return "not an affine function|not its arguments|cannot be rechecked"
 
 
 @tampering

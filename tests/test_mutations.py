@@ -36,7 +36,7 @@ def certify(model: torch.nn.Module, images: torch.Tensor, folder: Path) -> None:
         write(folder, rows)
 
 
-def _written(folder: Path, **options: object) -> Files:
+def small(folder: Path, **options: object) -> Files:
     torch.manual_seed(0)
     model = lipshift(
         num_classes=3, img_size=8, in_chans=1, embed_dim=12, depths=(2, 1), patch_size=2, neck=16, **options
@@ -54,13 +54,13 @@ def _written(folder: Path, **options: object) -> Files:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    return _written(tmp_path_factory.mktemp("certificate"))
+    return small(tmp_path_factory.mktemp("certificate"))
 
 
 @pytest.fixture(scope="module")
 def residual(tmp_path_factory: pytest.TempPathFactory) -> Files:
     """With sums of two values: the published block."""
-    return _written(tmp_path_factory.mktemp("residual"), residual="published", shift="zero")
+    return small(tmp_path_factory.mktemp("residual"), residual="published", shift="zero")
 
 
 def verdict(files: Files, folder: Path) -> checker.Report:
