@@ -68,6 +68,36 @@ class SceneRow:
     certified_alone: int  # by their radius, one by one
 
 
+@dataclass(frozen=True)
+class Constants:
+    """Of what distances are measured in: the features before the last layer, with its rows, or the logits."""
+
+    joint: float
+    pixel: float
+    pairs: Floats | None = None  # (k, k); None: of the logits
+
+    @property
+    def of(self) -> str:
+        return "logits" if self.pairs is None else "features"
+
+
+def constants(audit: Audit) -> Constants:
+    """Return the constants that certificates use: of the features where the last layer is a pointwise convolution.
+
+    Both forms are proofs. That of the features is the tighter one, as ‖w_a - w_b‖ ≤ √2‖W‖, unless the proof bounds the
+    logits by less than ‖W‖ times the features: then the form with the shorter way between most classes is taken.
+    """
+    joint = audit.upper.require_upper()
+    pixel = joint if audit.position is None else min(joint, audit.position.require_upper())
+    logits, head = Constants(joint, pixel), audit.pixel_head
+    if head is None:
+        return logits
+    pairs = head.distances().cpu().numpy()
+    features = Constants(head.joint.require_upper(), head.pixel.require_upper(), pairs)
+    apart = pairs[~np.eye(len(pairs), dtype=bool)]
+    return features if float(np.median(apart)) * features.joint <= SQRT2 * joint else logits
+
+
 def clearances(
     logits: ArrayLike, error: float = 0.0, pairs: ArrayLike | None = None, *, within: float = math.inf
 ) -> Clearances:
@@ -207,31 +237,36 @@ def certify_segmentation(
 ) -> pd.DataFrame:
     """Certify an audited network on batches of images (n, c, h', w') in its domain and labels (n, h, w).
 
-    The labels are those of the logits' positions: `lipcert.data.scene_loader(..., mask_stride=…)`. Both constants are
-    the audit's, of the logits. With "float32" the statements are about the float32 program, as in `lipcert.certify`:
+    The labels are those of the logits' positions: `lipcert.data.scene_loader(..., mask_stride=…)`. `constants` takes
+    the constants from the audit. With "float32" the statements are about the float32 program, as in `lipcert.certify`:
     its error is bounded in the largest of the balls. Returns what `certify_scenes` does. Raises InputError for a
     network without a finite bound, and for images of another shape or outside the domain.
+    """
+    used = constants(audit)
+    scenes = evaluate_scenes(audit, batches, eps, precision=precision)
+    return certify_scenes(scenes, eps, used.joint, used.pixel, pairs=used.pairs, classes=classes)
+
+
+def evaluate_scenes(
+    audit: Audit, batches: Iterable[tuple[Tensor, Tensor]], eps: Sequence[float], *, precision: str = "float64"
+) -> Iterator[tuple[Floats, NDArray[np.int64], float]]:
+    """Yield logits (k, h, w), labels (h, w) and a bound of the rounding error for each image of the batches.
+
+    Raises what `certify_segmentation` does.
     """
     require_finite(audit)
     if not eps:
         raise InputError("there is no eps to certify; give at least one")
     radius = max(eps) if precision == "float32" else 0.0
     low, high = audit.domain
-
-    def evaluated() -> Iterator[tuple[ArrayLike, ArrayLike, float]]:
-        for images, labels in batches:
-            if tuple(images.shape[1:]) != tuple(audit.input_shape) or audit.box is not None:
-                raise InputError(
-                    f"the bound is for inputs {tuple(audit.input_shape)}; audit the model for these images"
-                )
-            if not ((images >= low) & (images <= high)).all():
-                raise InputError(f"the bound holds for inputs in [{low}, {high}], and some lie outside; scale them")
-            with exact():
-                logits, errors = audit.program.evaluate(images.double(), precision=precision, radius=radius)
-            yield from zip(logits.cpu().numpy(), labels.cpu().numpy(), errors.tolist(), strict=True)
-
-    position = None if audit.position is None else audit.position.require_upper()
-    return certify_scenes(evaluated(), eps, audit.upper.require_upper(), position, classes=classes)
+    for images, labels in batches:
+        if tuple(images.shape[1:]) != tuple(audit.input_shape) or audit.box is not None:
+            raise InputError(f"the bound is for inputs {tuple(audit.input_shape)}; audit the model for these images")
+        if not ((images >= low) & (images <= high)).all():
+            raise InputError(f"the bound holds for inputs in [{low}, {high}], and some lie outside; scale them")
+        with exact():
+            logits, errors = audit.program.evaluate(images.double(), precision=precision, radius=radius)
+        yield from zip(logits.cpu().numpy(), labels.cpu().numpy(), errors.tolist(), strict=True)
 
 
 def summarise(

@@ -84,12 +84,21 @@ An image counts as robust at eps if it is classified rightly and no attack finds
     "--eps", type=Radii(), multiple=True, required=True, help="l2 radius of the attack, like 36/255; or several."
 )
 @click.option("--version", default="standard", show_default=True, help="AutoAttack version: standard or plus.")
-@click.option("--attacks", metavar="LIST", help="Only these attacks of apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square.")
+@click.option(
+    "--attacks",
+    metavar="LIST",
+    help="Only these attacks of apgd-ce, apgd-dlr, apgd-t, fab, fab-t, square; for segmentation of masked-ce, "
+    "balanced-ce, js, segpgd, cospgd, cheapest.",
+)
+@click.option(
+    "--steps", type=click.IntRange(4), default=300, show_default=True, help="Gradients of an attack on segmentation."
+)
 def command(
     *,
     eps: tuple[tuple[float, ...], ...],
     version: str,
     attacks: str | None,
+    steps: int,
     resume: bool,
     batch_size: int,
     json_file: str | None,
@@ -99,10 +108,22 @@ def command(
 
     Results go to attacks.tsv and attacks.json in the run folder, or in the folder given with -o. If certificates.tsv is
     there, an adversarial example within a certified radius is a contradiction: exit code 3.
+
+    Where every pixel has a label, an ensemble for segmentation attacks all pixels of an image at once; results go to
+    scene_attacks.tsv and scene_attacks.json and are compared with scenes.tsv.
     """
     from lipcert.attacks import Ensemble
+    from lipcert.cli.scenes import is_segmentation
 
     radii = tuple(sorted({radius for group in eps for radius in group}))
+    if is_segmentation(options["model"], options["data"]):
+        from lipcert.cli.attack_scenes import attack_scenes
+
+        attack_scenes(
+            eps=radii, attacks=attacks, steps=steps, resume=resume, batch_size=batch_size, json_file=json_file,
+            **options,
+        )  # fmt: skip
+        return
     chosen = None if attacks is None else tuple(attacks.replace(" ", "").split(","))
     with _input_errors():
         ensemble = Ensemble(version=version, attacks=chosen, seed=options["seed"])

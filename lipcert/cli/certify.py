@@ -32,14 +32,16 @@ Certified accuracy at r is the share of all images that are classified rightly a
 )
 @subject_options
 @click.option(
-    "--radii", type=Radii(), default="36/255,72/255,108/255,1", show_default=True, help="Radii of the table, in l2."
+    "--radii",
+    type=Radii(),
+    help="Radii of the table, in l2.  [default: 36/255,72/255,108/255,1; for segmentation: 0.1,0.25,0.5,1]",
 )
 @click.option(
     "--deployed", type=click.Choice(["float32"]), help="Certify the float32 program instead of exact arithmetic."
 )
 def command(
     *,
-    radii: tuple[float, ...],
+    radii: tuple[float, ...] | None,
     deployed: str | None,
     resume: bool,
     batch_size: int,
@@ -50,9 +52,21 @@ def command(
 
     Results go to certificates.tsv, certificate.json with program.safetensors, and summary.json in the run folder, or in
     the folder given with -o. `lipcert verify` checks them.
+
+    Where every pixel has a label, radii of single pixels and counts of all pixels of an image go to scenes.tsv, and the
+    first maps to maps.safetensors.
     """
+    from lipcert.cli.scenes import is_segmentation
+
+    if is_segmentation(options["model"], options["data"]):
+        from lipcert.cli.certify_scenes import certify_scenes
+
+        certify_scenes(
+            radii=radii, deployed=deployed, resume=resume, batch_size=batch_size, json_file=json_file, **options
+        )
+        return
     from lipcert.certificate import CERTIFICATE, PROGRAM, ROWS, SUMMARY, begin, read
-    from lipcert.certify import summarise
+    from lipcert.certify import RADII, summarise
 
     subject = load_subject(**options)
     start = time.perf_counter()
@@ -62,7 +76,7 @@ def command(
         note(f"{subject.folder / ROWS} holds these certificates already; nothing was computed")
     _certify(subject, audit, proof, certificate, first, batch_size)
     rows = read(subject.folder)
-    summary = summarise(rows, radii) | {
+    summary = summarise(rows, RADII if radii is None else radii) | {
         "upper": audit.upper.value,
         "lower": _lower(subject.folder, certificate.weights_sha256),
         "precision": certificate.precision,
@@ -91,19 +105,23 @@ def _prove(subject: Subject, precision: str) -> tuple[Audit, Proof, Certificate]
     proof = Proof.of(found)
     with exact() as facts:
         arithmetic = {**facts, **environment(subject.device)}
-    return found, proof, Certificate(
-        model=subject.name,
-        weights_sha256=found.weights_sha256,
-        data=subject.dataset.name,
-        split=subject.dataset.split,
-        n=len(subject.dataset),
-        precision=precision,
-        input_shape=tuple(found.input_shape),
-        domain=found.domain,
-        audit=found.to_json(),
-        arithmetic=arithmetic,
-        lipcert=lipcert.__version__,
-        **proof.to_json(),
+    return (
+        found,
+        proof,
+        Certificate(
+            model=subject.name,
+            weights_sha256=found.weights_sha256,
+            data=subject.dataset.name,
+            split=subject.dataset.split,
+            n=len(subject.dataset),
+            precision=precision,
+            input_shape=tuple(found.input_shape),
+            domain=found.domain,
+            audit=found.to_json(),
+            arithmetic=arithmetic,
+            lipcert=lipcert.__version__,
+            **proof.to_json(),
+        ),
     )
 
 
@@ -119,9 +137,7 @@ def _certify(
     with progress(first, certificate.n, "certifying") as advance:
         if first == certificate.n:
             return
-        found = rows_of_batches(
-            audit, placed, precision=certificate.precision, first=first, pairwise=proof.pairwise
-        )
+        found = rows_of_batches(audit, placed, precision=certificate.precision, first=first, pairwise=proof.pairwise)
         for rows in found:
             write(subject.folder, rows)
             advance(len(rows))
