@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lipcert.cli.options import json_option, note, table, write_json
-from lipcert.errors import Finding
+from lipcert.errors import Finding, InputError
 
 if TYPE_CHECKING:
     from lipcert.report.read import Run
@@ -45,7 +45,12 @@ def command(paths: tuple[Path, ...], output: Path | None, json_file: str | None)
     from lipcert.report import views
     from lipcert.report.page import build
     from lipcert.report.read import read_all
+    from lipcert.report.scenes import is_scene_run
 
+    scenes = [is_scene_run(path) for path in paths]
+    if any(scenes):
+        _scenes(paths, all(scenes), output, json_file)
+        return
     runs = read_all(paths)
     report = build(runs)
     written = report.write(_target(output, [run.path for run in runs if not run.is_log] or [runs[0].path]))
@@ -58,6 +63,30 @@ def command(paths: tuple[Path, ...], output: Path | None, json_file: str | None)
     if report.findings:
         raise Finding(" ".join(report.findings))
     note(f"next: open {written[0]} in a browser" + _next(records, runs))
+
+
+def _scenes(paths: tuple[Path, ...], pure: bool, output: Path | None, json_file: str | None) -> None:
+    from lipcert.report import views
+    from lipcert.report.scenes import build_scenes, read_scene_run
+
+    if not pure:
+        raise InputError("segmentation and classification do not go into one report; name folders of one kind")
+    report = build_scenes([read_scene_run(path) for path in paths])
+    written = report.write(_target(output, list(paths)))
+    records = views.records(report.headline)
+    if json_file:
+        write_json(json_file, records)
+    if json_file != "-":
+        names = ("certified", "certified_alone", "attacked", "certified_miou", "worst_miou")
+        cells = [
+            (row["run"], f"{row['eps']:g}", *("-" if row[n] is None else f"{100 * row[n]:.2f} %" for n in names))
+            for row in records
+        ]
+        click.echo(table(cells, ("run", "eps", "certified", "alone", "attacked", "certified mIoU", "worst mIoU")))
+    note(f"wrote {written[0]} and {len(written) - 1} figures and tables beside it")
+    if report.findings:
+        raise Finding(" ".join(report.findings))
+    note(f"next: open {written[0]} in a browser")
 
 
 def _target(output: Path | None, folders: list[Path]) -> Path:

@@ -19,7 +19,7 @@ from lipcert.data import load_scenes, scene_loader
 from lipcert.registry import create_model
 from lipcert.segment import Constants, certify_segmentation, constants
 
-SIZES = {"embed_dim": 8, "depths": [1, 1], "height": 16}
+SIZES = {"embed_dim": 12, "depths": [1, 1], "height": 16}
 SHAPE = {"num_classes": 11, "img_size": 24, "in_chans": 3}
 EPS = (0.02, 0.1, 0.5)
 
