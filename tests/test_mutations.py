@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,11 +37,10 @@ def certify(model: torch.nn.Module, images: torch.Tensor, folder: Path) -> None:
         write(folder, rows)
 
 
-def small(folder: Path, **options: object) -> Files:
+def small(folder: Path, **options: Any) -> Files:
     torch.manual_seed(0)
-    model = lipshift(
-        num_classes=3, img_size=8, in_chans=1, embed_dim=12, depths=(2, 1), patch_size=2, neck=16, **options
-    )
+    sizes = dict(num_classes=3, img_size=8, in_chans=1, embed_dim=12, depths=(2, 1), patch_size=2, neck=16)
+    model = lipshift(**{**sizes, **options})
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
