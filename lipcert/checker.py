@@ -565,7 +565,9 @@ def _conv(
 
 
 def _linear(target: Grid, shapes: Any, input: Value, weight: Array, bias: Array | None = None) -> Operation:
-    _require(input.grid[1:] == (1, 1) and weight.ndim == 2 and weight.shape[1] == input.grid[0], "the shape of weight")
+    _require(
+        len(shapes[input.name]) == 2 and weight.ndim == 2 and weight.shape[1] == input.grid[0], "the shape of weight"
+    )
     _require(bias is None or bias.shape == weight.shape[:1], "the shape of the bias")
     kernel = Kernel({(0, 0): weight}, input.grid, (len(weight), 1, 1))
     return Operation([input.name], [kernel], 0.0 if bias is None else bias[:, None, None])
@@ -642,33 +644,29 @@ def _sum(sign: float) -> Callable[..., Operation]:
                 kernels.append(Kernel({(0, 0): factor * eye(x.grid[0])}, x.grid, x.grid))
             else:
                 _require(factor in (-1.0, 1.0) and not offset.any(), "a multiple of a constant")
-                offset = factor * _spread(x, target)
+                value = self if isinstance(self, Value) else other
+                _require(isinstance(value, Value), "a sum of constants")
+                offset = factor * _spread(x, shapes[value.name], target)
         return Operation(inputs, kernels, offset)
 
     return operator
 
 
-def _spread(constant: Any, target: Grid) -> Array:
-    """Return a number or a tensor that broadcasts to (1, c, h, w) as an array that broadcasts to (c, h, w)."""
+def _spread(constant: Any, shape: Sequence[int], target: Grid) -> Array:
+    """Return a number or a tensor that broadcasts to a value as an array (c, h, w)."""
     _require(type(constant) in (int, float, np.ndarray), "a constant")
     array = np.asarray(constant, dtype=np.float64)
-    if array.ndim and target[1:] == (1, 1) and array.shape[-1] == target[0] and array.ndim <= 2:
-        array = array.reshape(-1)[:, None, None]  # along the channels of a vector (1, d)
-    while array.ndim > 3:
-        _require(array.shape[0] == 1, "the shape of a constant")
-        array = array[0]
-    _require(np.broadcast_shapes(array.shape, target) == target, "the shape of a constant")
-    return array
+    _require(np.broadcast_shapes(array.shape, tuple(shape)) == tuple(shape), "the shape of a constant")
+    return np.broadcast_to(array, tuple(shape)).reshape(target)
 
 
 def _product(target: Grid, shapes: Any, self: Any, other: Any) -> Operation:
     x, constant = (self, other) if isinstance(self, Value) else (other, self)
     _require(isinstance(x, Value) and not isinstance(constant, Value), "a product of two values")
-    factors = _spread(constant, target)
-    _require(factors.ndim == 0 or factors.ndim == 3 and factors.shape[1:] == (1, 1), "a factor for each position")
-    _require(x.grid == target, "broadcasting")
-    diagonal = np.broadcast_to(factors.reshape(-1), (target[0],))
-    return Operation([x.name], [Kernel({(0, 0): np.diag(diagonal)}, x.grid, x.grid)])
+    factors = _spread(constant, shapes[x.name], target)
+    _require(bool((factors == factors[:, :1, :1]).all()), "a factor for each position")
+    eye(target[0])  # refuses too many
+    return Operation([x.name], [Kernel({(0, 0): np.diag(factors[:, 0, 0])}, x.grid, target)])
 
 
 def _center(target: Grid, shapes: Any, x: Value, dims: list[int]) -> Operation:
@@ -778,6 +776,9 @@ AFFINE: dict[str, Callable[..., Operation]] = {
         _same,
     ),
 }  # fmt: skip
+IMAGES = ("aten.conv2d.default", "aten.avg_pool2d.default", "aten.adaptive_avg_pool2d.default",
+          "aten.pixel_unshuffle.default")  # fmt: skip
+EQUAL = ("aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor")
 FUNCTIONS: dict[str, tuple[str, Callable[..., Operation]]] = {  # with the rule that a step calls them by
     "lipcert.maxmin": ("MaxMin", _maxmin),
     "aten.relu.default": ("relu", _entrywise(lambda x: np.maximum(x, 0.0), 1.0)),
@@ -843,6 +844,9 @@ class Program:
             made = known(target, self.shapes, **arguments)
             if made.function is None:
                 _require(bool(made.inputs) and all(k.target == target for k in made.kernels), "the shape of the result")
+                before = [self.shapes[x] for x in made.inputs]
+                _require(node["op"] not in IMAGES or all(len(s) == 4 for s in before), "an argument that is no image")
+                _require(node["op"] not in EQUAL or all(s == node["shape"] for s in before), "broadcasting")
             else:
                 grids = [self.grid(x) for x in made.inputs]
                 _require(target == (sum(g[0] for g in grids), *grids[0][1:]), "the shape of the result")
@@ -1152,7 +1156,8 @@ def read_rows(path: Path, n: int, classes: int, largest: float) -> list[Row]:
         cells = line.split("\t")
         try:
             _require(len(cells) == len(COLUMNS), "its cells")
-            row = Row(*(int(c) for c in cells[:3]), float(cells[3]), int(cells[4]), *map(float, cells[6:8]), cells[8])  # type: ignore[arg-type]
+            idx, label, predict, correct = (int(cells[k]) for k in (0, 1, 2, 4))
+            row = Row(idx, label, predict, float(cells[3]), correct, float(cells[6]), float(cells[7]), cells[8])
         except (ValueError, Rejected) as error:
             raise Rejected(f"{where}: malformed ({error})") from error
         if row.idx != i:

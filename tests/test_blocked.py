@@ -61,7 +61,7 @@ def test_export_writes_a_blocked_program_that_can_be_certified(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, folder = str(tmp_path / "blocked.pt2"), tmp_path / "certified"
-    code, _, err = run(capsys, "export", "lipshift_tiny", file, "--input-shape", "1,8,8", "--blocked", "64")
+    code, _, err = run(capsys, "export", "lipshift_tiny", file, "--input-shape", "1,8,8", "--blocked", "512")
     assert code == 0, err
     code, _, err = run(
         capsys, "certify", file, "--data", "digits", "--limit", "4", "--deployed", "float32", "-o", str(folder)
