@@ -88,7 +88,7 @@ def certify_scenes(
 
 def summarise(found: dict[float, dict[str, Any]], eps: Sequence[float]) -> dict[str, Any]:
     """Return summary.json from the summaries of `lipcert.segment`: certified numbers by radius."""
-    keys = {}
+    keys: dict[float, str] = {}
     for radius in eps:
         short = f"{radius:.4f}"
         keys[radius] = repr(radius) if short in keys.values() else short
