@@ -141,7 +141,7 @@ def _certify(
         for logits, labels, error in scenes:
             if len(maps["label"]) < SHOWN:
                 found = clearances(logits, error, used.pairs, within=0.0)
-                radius = radii_of(found.leave, used.pixel, largest=largest).astype(np.float32)
+                radius = _single(radii_of(found.leave, used.pixel, largest=largest))
                 image = shown[len(maps["label"])].numpy()
                 maps["image"].append((image * 255).round().astype(np.uint8))
                 maps["label"].append(labels.astype(np.int64))
@@ -187,6 +187,12 @@ def _facts(
         "arithmetic": arithmetic,
         "lipcert": lipcert.__version__,
     }
+
+
+def _single(radius: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return radii as float32, rounded down."""
+    single = radius.astype(np.float32)
+    return np.where(single > radius, np.nextafter(single, np.float32(0)), single)
 
 
 def _row_type() -> Any:

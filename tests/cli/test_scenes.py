@@ -189,3 +189,11 @@ def test_what_does_not_fit_is_refused(
     code = run("certify", "lipshift_tiny", "--data", "camvid", "--data-root", scenes[1], "-o", tmp_path / "a")
     assert "lipshift_tiny is for classification" in refused(code)
     assert "unknown attacks" in refused(attack(scenes, tmp_path / "a", "--eps", "0.1", "--attacks", "fab"))
+
+
+@pytest.mark.parametrize("radius", [0.1, 0.3, 1 / 3, 1e-46, 0.0, 2.0])
+def test_radii_of_maps_are_rounded_down(radius: float) -> None:
+    from lipcert.cli.certify_scenes import _single
+
+    (single,) = _single(np.array([radius]))
+    assert single.dtype == np.float32 and 0 <= float(single) <= radius < float(np.nextafter(single, np.float32(9)))
