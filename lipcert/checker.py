@@ -124,8 +124,10 @@ def take(record: Any, key: str, kind: type | tuple[type, ...], where: str) -> An
     return value
 
 
-def only(record: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
+def only(record: Any, keys: Sequence[str], where: str) -> None:
     """Refuse keys that this checker does not know: they might change what is meant."""
+    if not isinstance(record, dict):
+        raise Rejected(f"{where}: it is no record")
     if unknown := sorted(set(record) - set(keys)):
         raise Rejected(f"{where}: unknown key {unknown[0]!r}")
 
@@ -714,11 +716,12 @@ def _unshuffle(target: Grid, shapes: Any, self: Value, downscale_factor: int) ->
     return Operation([self.name], [Kernel(taps, self.grid, (c * r * r, h // r, w // r), (r, r))])
 
 
-def _maxmin(
-    target: Grid, shapes: Any, a: Value, b: Value, dim: int = 1, flipped: bool = False, stacked: bool = False
-) -> Operation:
+def _maxmin(target: Grid, shapes: Any, a: Value, b: Value, dim: int, flipped: bool, stacked: bool) -> Operation:
     """max and min of two values: (a, b) -> (max, min) swaps or keeps each pair, so it is 1-Lipschitz together."""
-    _require(a.grid == b.grid and stacked is False and _axis(dim, shapes[a.name]) == 0, "this arrangement")
+    _require(
+        a.grid == b.grid and stacked is False and type(flipped) is bool and _axis(dim, shapes[a.name]) == 0,
+        "this arrangement",
+    )
 
     def sort(x: Array, y: Array) -> Array:
         pair = [np.maximum(x, y), np.minimum(x, y)]
@@ -747,11 +750,15 @@ def _clamp(target: Grid, shapes: Any, self: Value, min_val: float = -1.0, max_va
     return Operation([self.name], function=lambda x: np.clip(x, min_val, max_val))
 
 
+def _flatten(target: Grid, shapes: Any, self: Value, start_dim: int = 0, end_dim: int = -1) -> Operation:
+    _require(start_dim == 1 and end_dim in (-1, len(shapes[self.name]) - 1), "start_dim or end_dim")
+    return _view(self, target)
+
+
 def _same(target: Grid, shapes: Any, self: Value, **ignored: Any) -> Operation:
     return _view(self, target)
 
 
-_ERF = np.frompyfunc(math.erf, 1, 1)
 AFFINE: dict[str, Callable[..., Operation]] = {
     "aten.conv2d.default": _conv,
     "aten.linear.default": _linear,
@@ -768,9 +775,10 @@ AFFINE: dict[str, Callable[..., Operation]] = {
     "aten.adaptive_avg_pool2d.default": _global_average,
     "aten.mean.dim": _mean,
     "aten.pixel_unshuffle.default": _unshuffle,
+    "aten.flatten.using_ints": _flatten,
     **dict.fromkeys(
         (
-            "aten.flatten.using_ints", "aten.view.default", "aten.reshape.default", "aten._unsafe_view.default",
+            "aten.view.default", "aten.reshape.default", "aten._unsafe_view.default",
             "aten.clone.default", "aten.contiguous.default", "aten.alias.default", "aten.squeeze.dims",
         ),
         _same,
@@ -948,6 +956,7 @@ def prove(program: Program, proof: Any) -> tuple[list[Step], dict[str, float], l
         value, rule = take(record, "value", str, where), take(record, "rule", str, where)
         where = f"step {i} ({value}, {rule})"
         sources, factors = take(record, "sources", list, where), take(record, "factors", list, where)
+        take(record, "method", str, where)
         joint, bound = take(record, "joint", bool, where), _number(record, "bound", where)
         if value not in program.nodes or value in bounds:
             raise Rejected(f"{where}: the value is no node, or was bounded before")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tampering import KINDS, Files, matches
+from tampering import KINDS, Files, matches, pick
 
 from lipcert import checker, data
 from lipcert.bounds import audit
@@ -115,3 +116,29 @@ def test_a_certificate_is_found_where_it_lies_only(written: Files, tmp_path: Pat
     with pytest.raises(FileNotFoundError):
         checker.check(tmp_path / "certificate.json")
     assert checker.check(tmp_path / "certificate.json", weights=elsewhere / "program.safetensors").accepted
+
+
+JUNK = (None, True, -1, 0, 2, 0.5, 1e300, 10**18, "", "x", [], {}, [0, 0], {"value": "x"}, {"tensor": "head.bias"})
+
+
+def test_junk_anywhere_ends_in_a_sentence(written: Files, tmp_path: Path) -> None:
+    """Whatever stands at any place: a report, never another exception."""
+
+    def places(record: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+        for key, value in record.items() if isinstance(record, dict) else enumerate(record):
+            yield (*path, key)
+            if isinstance(value, dict | list):
+                yield from places(value, (*path, key))
+
+    rng = np.random.default_rng(0)
+    known = list(places({key: written.record[key] for key in ("program", "proof", "input_shape", "domain", "n")}))
+    for _ in range(200):
+        files = written.copy()
+        *path, last = pick(rng, known)
+        record: Any = files.record
+        for key in path:
+            record = record[key]
+        record[last] = pick(rng, list(JUNK))
+        files.hashed = isinstance(files.record["program"], dict)
+        report = verdict(files, tmp_path)
+        assert report.accepted or report.reason
