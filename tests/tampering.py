@@ -289,7 +289,7 @@ def source_too_early(files: Files, rng: Rng) -> str:
 def rule_renamed(files: Files, rng: Rng) -> str:
     step = pick(rng, files.steps)
     step["rule"] = pick(rng, [r for r in ("affine", "relu", "gelu", "chain", "MaxMin") if r != step["rule"]])
-    return "not called|not an affine function|one source"
+    return "not called|not an affine function|one source|chains"
 
 
 @tampering
