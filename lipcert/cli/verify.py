@@ -62,13 +62,15 @@ def command(
     from lipcert.checker import check
 
     path = certificate / "certificate.json" if certificate.is_dir() else certificate
+    if path.is_file() and path.with_name("scenes.tsv").is_file():
+        raise InputError(f"{path} is about segmentation, which cannot be re-proved yet; only classification can")
     for needed in (path, weights or path.with_name("program.safetensors"), path.with_name("certificates.tsv")):
         if not needed.is_file():
             raise InputError(f"{needed} is not there; `lipcert certify` writes it")
     if images_file is not None and data is not None:
         raise InputError("give --images or --data, not both")
     facts = _facts(path)
-    images, labels, why = _images(facts, data, limit, images_file, data_root)
+    images, labels, why = _images(path.parent, facts, data, limit, images_file, data_root)
     total = 0 if images is None else len(images)
     with progress(0, total, "verifying") as advance:
         report = check(path, weights=weights, images=images, progress=advance)
@@ -94,7 +96,7 @@ def _facts(path: Path) -> dict[str, Any]:
 
 
 def _images(
-    facts: dict[str, Any], data: str | None, limit: int | None, file: Path | None, root: str | None
+    folder: Path, facts: dict[str, Any], data: str | None, limit: int | None, file: Path | None, root: str | None
 ) -> tuple[NDArray[Any] | None, list[int] | None, str]:
     """Return images as float64, labels if there are any, and why there are no images."""
     if limit == 0:
@@ -105,7 +107,7 @@ def _images(
     if not isinstance(name, str) or not isinstance(n, int):
         return None, None, "the certificate names no data set"
     try:
-        return *_from_data(name, facts, min(n, limit or n), root), ""
+        return *_from_data(name, folder, facts, min(n, limit or n), root), ""
     except InputError as error:
         if data is not None:
             raise
@@ -125,17 +127,22 @@ def _from_file(file: Path) -> NDArray[Any]:
     return tensors[0].astype("float64")
 
 
-def _from_data(name: str, facts: dict[str, Any], n: int, root: str | None) -> tuple[NDArray[Any], list[int]]:
+def _from_data(
+    name: str, folder: Path, facts: dict[str, Any], n: int, root: str | None
+) -> tuple[NDArray[Any], list[int]]:
     import numpy as np
 
     from lipcert import data as datasets
+    from lipcert.config import load_config
 
     source = datasets.info(name)
+    recipe = folder / "config.yaml"  # the validation images of a run are those that its training left out
+    fraction = load_config(recipe).val_fraction if recipe.is_file() else None
     size = facts["input_shape"][-1] if source.resizes and facts.get("input_shape") else None
     split = facts.get("split")
     if split not in ("train", "val", "test"):
         raise InputError(f"the certificate names no split of {name}, but {split!r}")
-    dataset = datasets.load(name, root, split, img_size=size).first(n)
+    dataset = datasets.load(name, root, split, val_fraction=fraction, img_size=size).first(n)
     batches = [(images.double().numpy(), labels.tolist()) for images, labels in datasets.loader(dataset, 100)]
     return np.concatenate([images for images, _ in batches]), [label for _, labels in batches for label in labels]
 
