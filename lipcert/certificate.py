@@ -89,6 +89,8 @@ def begin(folder: Path, certificate: Certificate, *, batch_size: int, resume: bo
     `resume` is not set.
     """
     path = folder / CERTIFICATE
+    if (folder / "scenes.tsv").exists():
+        raise InputError(f"{folder} holds a certificate of segmentation; choose another folder with -o")
     stored = read_json(path) if path.exists() else None
     present = read_rows(folder / ROWS, Row.columns())
     if present:

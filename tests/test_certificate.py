@@ -134,3 +134,11 @@ def test_an_unknown_fact_differs_from_everything():
         "weights_sha256: unknown there, unknown now"
     ]
     assert differences({"radii": [0.5]}, {"radii": [0.5], "more": 1}) == []
+
+
+def test_certificates_of_another_task_are_not_overwritten(tmp_path):
+    (tmp_path / "scenes.tsv").write_text("idx\n")
+    (tmp_path / CERTIFICATE).write_text("{}")
+    with pytest.raises(InputError, match="a certificate of segmentation"):
+        begin(tmp_path, CERTIFIED, batch_size=4, resume=False)
+    assert (tmp_path / CERTIFICATE).read_text() == "{}"
