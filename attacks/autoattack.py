@@ -28,6 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lipcert.attacks.apgd import wide
+
 VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
     "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
@@ -202,21 +204,21 @@ def _confirm(
         return torch.where(clearly, winner, -1)
 
     points = torch.where(points.isfinite(), points, clean).clamp(0, 1)
-    length = _distance(points, clean)
-    inside = _within(points, clean, eps)
-    stretched = _within(clean + (points - clean) * _wide(2 * eps / length.clamp(min=1e-300)), clean, eps)
+    length = distance_up(points, clean)
+    inside = within(points, clean, eps)
+    stretched = within(clean + (points - clean) * wide(2 * eps / length.clamp(min=1e-300)), clean, eps)
     winner = classes(inside)
     farther = classes(stretched)  # what float32 took for adversarial may need a little more in float64
     use = (winner < 0) & (farther >= 0)
-    far, winner = torch.where(_wide(use), stretched, inside), torch.where(use, farther, winner)
+    far, winner = torch.where(wide(use), stretched, inside), torch.where(use, farther, winner)
     near = clean.clone()
     for _ in range(_HALVINGS):
         middle = ((near + far) / 2).clamp(0, 1)
         here = classes(middle)
         broken = here >= 0
-        far, near = torch.where(_wide(broken), middle, far), torch.where(_wide(broken), near, middle)
+        far, near = torch.where(wide(broken), middle, far), torch.where(wide(broken), near, middle)
         winner = torch.where(broken, here, winner)
-    distance = _distance(far, clean)
+    distance = distance_up(far, clean)
     success = (length > 0) & (winner >= 0) & (distance <= eps)
     return {
         position: (far[i].clone(), int(winner[i]), float(distance[i]))
@@ -234,22 +236,18 @@ def _clean(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return wins, torch.where(wins, labels, torch.where(finite, winner, -1))
 
 
-def _within(points: Tensor, clean: Tensor, eps: float) -> Tensor:
+def within(points: Tensor, clean: Tensor, eps: float) -> Tensor:
     """Move points straight towards the clean images until they lie within eps and [0, 1], also after rounding."""
     for inside in (1.0, 1 - 1e-12, 1 - 1e-9):
-        factor = (inside * eps / _distance(points, clean).clamp(min=1e-300)).clamp(max=1)
-        points = torch.where(_wide(factor < 1), clean + (points - clean) * _wide(factor), points).clamp(0, 1)
+        factor = (inside * eps / distance_up(points, clean).clamp(min=1e-300)).clamp(max=1)
+        points = torch.where(wide(factor < 1), clean + (points - clean) * wide(factor), points).clamp(0, 1)
     return points
 
 
-def _distance(points: Tensor, clean: Tensor) -> Tensor:
+def distance_up(points: Tensor, clean: Tensor) -> Tensor:
     """Return upper bounds (n,) of the l2 distances: a sum of n squares in any order errs by at most n + 2 roundoffs."""
     difference = (points - clean).flatten(1)
     return difference.square().sum(dim=1).sqrt() * (1 + (difference.shape[1] + 8) * 2.0**-53)
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values[:, None, None, None]
 
 
 def _square_runs(height: int, width: int) -> bool:

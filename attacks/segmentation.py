@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lipcert.attacks.apgd import IGNORE as IGNORE
 from lipcert.attacks.apgd import decreasing
-from lipcert.attacks.autoattack import _distance, _within
+from lipcert.attacks.autoattack import distance_up, within
 from lipcert.attacks.cheapest import cheapest
 
 LOSSES = ("masked-ce", "balanced-ce", "js", "segpgd", "cospgd")
@@ -120,7 +120,7 @@ def attack_scenes(
                     return losses(name, out, labels, weight, progress), out  # noqa: B023 (called within the loop)
 
                 found = decreasing(objective, images.float(), labels, eps, ensemble.steps, generator)
-            points = _within(torch.where(found.isfinite(), found, images).double().clamp(0, 1), clean, eps)
+            points = within(torch.where(found.isfinite(), found, images).double().clamp(0, 1), clean, eps)
             with torch.no_grad():
                 after = _predictions(recheck(points), before)
             rows += _rows(eps, first, attack, points, clean, after, labels, logits.shape[1])
@@ -229,7 +229,7 @@ def _predictions(logits: Tensor, before: Tensor) -> Tensor:
 def _rows(
     eps: float, first: int, attack: str, points: Tensor, clean: Tensor, predict: Tensor, labels: Tensor, classes: int
 ) -> list[SceneAttacked]:
-    distance = _distance(points, clean).tolist()
+    distance = distance_up(points, clean).tolist()
     rows = []
     for i, (label, found) in enumerate(zip(labels, predict, strict=True)):
         valid = label != IGNORE

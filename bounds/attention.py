@@ -83,8 +83,9 @@ def column_sums(spread: float, bias: Tensor | None, queries: int, keys: int) -> 
     >>> round(column_sums(math.inf, None, 27, 3).varying, 9)
     16.0
     """
-    if bias is None:
-        bias = torch.zeros(1, keys, dtype=torch.float64)
+    if bias is None:  # all rows are alike, and all columns
+        rows = _largest(torch.tensor(spread, dtype=torch.float64), torch.tensor(keys))
+        return Columns(*(float(row) * queries * SAFE for row in rows))
     seen = (bias > -math.inf).expand(*bias.shape[:-2], queries, keys)
     count = seen.sum(-1)  # (..., queries)
     if bool((count == 0).any()):
@@ -92,22 +93,23 @@ def column_sums(spread: float, bias: Tensor | None, queries: int, keys: int) -> 
     bias = bias.expand(seen.shape)
     low = torch.where(seen, bias, math.inf).amin(-1)
     high = torch.where(seen, bias, -math.inf).amax(-1)
-    total = ((high - low) * SAFE + spread).clamp_max(700.0).exp() * SAFE  # (..., queries)
-    largest = torch.where(
-        (high - low) * SAFE + spread > 699.0, torch.ones_like(total), total / (total + (count - 1)) * SAFE
-    ).clamp_max(1.0)
-    varying = torch.where(count == 1, 0.0, _varying(largest))
-    plain, moved = (
+    plain, varying = (
         float(torch.where(seen, row[..., None], 0.0).sum(-2).max()) * SAFE * (1.0 + queries * 2.0**-52)
-        for row in (largest, varying)
+        for row in _largest((high - low) * SAFE + spread, count)
     )
-    return Columns(plain, moved)
+    return Columns(plain, varying)
 
 
-def _varying(largest: Tensor) -> Tensor:
-    """Return max h over [0, q], rounded up: q, then 4q²(1-q) from 1/2 to 2/3, then 16/27."""
-    p = largest.clamp_max(2.0 / 3.0)
-    return torch.where(largest <= 0.5, largest, 4.0 * p.square() * (1.0 - p)) * SAFE
+def _largest(spread: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Return q and max h over [0, q] for rows whose scores differ by so much, of so many keys; rounded up.
+
+    h is p, then 4p²(1-p) from 1/2 to 2/3, then 16/27; 0 where there is one key.
+    """
+    power = spread.clamp_max(700.0).exp() * SAFE
+    q = torch.where(spread > 699.0, torch.ones_like(power), power / (power + (count - 1)) * SAFE).clamp_max(1.0)
+    p = q.clamp_max(2.0 / 3.0)
+    varying = torch.where(q <= 0.5, q, 4.0 * p.square() * (1.0 - p)) * SAFE
+    return q, torch.where(count == 1, 0.0, varying)
 
 
 def sources(nodes: Mapping[str, Node]) -> frozenset[str]:

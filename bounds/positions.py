@@ -81,9 +81,7 @@ class Positions:
         self._output = graph.output
         output = self._nodes[graph.output]
         self.separate = len(output.shape) >= 3 and output.batch in (0, None)
-        self.needed: set[str] = set()
-        if self.separate:
-            self._plan(graph.output, 1)
+        self.needed = self._plan((graph.output, 1)) if self.separate else set()
 
     def bound(self, context: Context, values: Mapping[str, Value]) -> Bound | None:
         """Return L_pix of the result after the walk; None where it has no positions (logits of one image)."""
@@ -98,39 +96,31 @@ class Positions:
             return context.bound(values[name])
         return self._bound(name, 1, context, values, {})
 
-    def _plan(self, name: str, channel: int) -> bool:
-        """Read a value and what is behind it; return whether L_pix can be less than L there."""
-        pending: list[tuple[str, int, bool]] = [(name, channel, False)]
-        gains: dict[tuple[str, int], bool] = {}
-        while pending:
-            name, channel, ready = pending.pop()
-            key = name, channel
-            if key in gains:
-                continue
-            if not ready:
-                node = self._nodes[name]
-                rule = POSITIONED.get(node.op)
-                self._readings[key] = None if rule is None else rule(node, channel, self._nodes)
-            reading = self._readings[key]
-            sources = () if reading is None else reading.sources
-            if not ready and sources:
-                pending.append((name, channel, True))
-                pending += [(s.name, s.channel, False) for s in sources]
-                continue
-            gains[key] = reading is not None and (reading.enlarges or any(gains[s.name, s.channel] for s in sources))
-            if not gains[key]:
-                self._readings[key] = None
-        self._collect(gains)
-        return any(gains.values())
+    def _plan(self, result: tuple[str, int]) -> set[str]:
+        """Read what is behind a value, as far as L_pix can be less than L; return the values whose L is asked for.
 
-    def _collect(self, gains: Mapping[tuple[str, int], bool]) -> None:
-        """Note the values whose L is asked for: the result, the last on each way back, and the arguments of windows."""
-        self.needed = {self._output}
-        for key, gain in gains.items():
-            reading = self._readings[key] if gain else None
-            if reading is not None:
-                self.needed |= {s.name for s in reading.sources if not gains[s.name, s.channel]}
-                self.needed |= {reading.whole[0]} if reading.whole else set()
+        These are the result, the last on each way back, and the arguments of windows.
+        """
+        pending, seen = [result], set[tuple[str, int]]()
+        while pending:
+            key = name, channel = pending[-1]
+            if key in seen:  # what is behind it has been read
+                pending.pop()
+                reading = self._readings[key]
+                behind = () if reading is None else reading.sources
+                if reading is not None and not reading.enlarges and not any(map(self._gains, behind)):
+                    self._readings[key] = None
+                continue
+            seen.add(key)
+            rule = POSITIONED.get(self._nodes[name].op)
+            reading = self._readings[key] = None if rule is None else rule(self._nodes[name], channel, self._nodes)
+            pending += [(s.name, s.channel) for s in (() if reading is None else reading.sources)]
+        kept = [reading for reading in self._readings.values() if reading is not None]
+        ends = {s.name for reading in kept for s in reading.sources if not self._gains(s)}
+        return {result[0], *ends, *(reading.whole[0] for reading in kept if reading.whole)}
+
+    def _gains(self, source: Source) -> bool:
+        return self._readings[source.name, source.channel] is not None
 
     def _bound(
         self, name: str, channel: int, context: Context, values: Mapping[str, Value],

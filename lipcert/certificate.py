@@ -21,6 +21,7 @@ from lipcert.files import append_rows, read_json, read_rows, repair_rows, write_
 
 ROWS, CERTIFICATE, SUMMARY = "certificates.tsv", "certificate.json", "summary.json"
 PROGRAM = "program.safetensors"
+SCENES = "scenes.tsv"  # the rows of a certificate of segmentation, which has a certificate.json too
 _STATEMENTS = {
     "float64": "the network, evaluated in real arithmetic,",
     "float32": "the network, evaluated in float32 without TF32 or lower precision,",
@@ -89,7 +90,7 @@ def begin(folder: Path, certificate: Certificate, *, batch_size: int, resume: bo
     `resume` is not set.
     """
     path = folder / CERTIFICATE
-    if (folder / "scenes.tsv").exists():
+    if (folder / SCENES).exists():
         raise InputError(f"{folder} holds a certificate of segmentation; choose another folder with -o")
     stored = read_json(path) if path.exists() else None
     present = read_rows(folder / ROWS, Row.columns())

@@ -214,16 +214,28 @@ def summarise(rows: pd.DataFrame, radii: Sequence[float] = RADII) -> dict[str, A
     if len(rows) == 0:
         raise InputError("there are no images to certify")
     correct = rows["correct"] == 1
-    certified: dict[str, float] = {}
-    for radius in sorted({0.0, *radii}):
-        name = f"{radius:.4f}"
-        certified[repr(radius) if name in certified else name] = float((correct & (rows["radius"] > radius)).mean())
+    certified = {
+        key: float((correct & (rows["radius"] > radius)).mean()) for radius, key in radius_keys({0.0, *radii}).items()
+    }
     return {
         "n": len(rows),
         "clean": float(correct.mean()),
         "certified": certified,
         "acr": float(rows["radius"].where(correct, 0.0).mean()),
     }
+
+
+def radius_keys(radii: Iterable[float]) -> dict[float, str]:
+    """Return the key of each radius in summary.json, smallest first: four decimals, all of them where two would meet.
+
+    >>> radius_keys([0.5, 0.50001])
+    {0.5: '0.5000', 0.50001: '0.50001'}
+    """
+    keys: dict[float, str] = {}
+    for radius in sorted(set(radii)):
+        short = f"{radius:.4f}"
+        keys[radius] = repr(radius) if short in keys.values() else short
+    return keys
 
 
 def contradictions(certificates: pd.DataFrame, attacks: pd.DataFrame) -> list[int]:

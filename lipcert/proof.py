@@ -35,7 +35,7 @@ class Proof:
     steps: Sequence[Mapping[str, Any]]
     upper: float
     heads: Sequence[str]  # values that the logits are an affine function of
-    tensors: Mapping[str, Tensor]
+    file: bytes  # program.safetensors, the tensors of the program
     pairwise: Tensor  # (k, k), bounds of z_i - z_j that follow from the steps
 
     @classmethod
@@ -73,34 +73,26 @@ class Proof:
             found = replace(
                 found, head=replace(head, penultimate=bounds[indices[head.source]], logits=upper, anchor=start)
             )
-        program, tensors = _program(graph)
-        return cls(program, steps, upper.value, heads, tensors, found.pairwise())
+        program, file = _program(graph)
+        return cls(program, steps, upper.value, heads, file, found.pairwise())
 
     def to_json(self) -> dict[str, Any]:
         """Return the parts of certificate.json that hold the proof; the tensors are in the file beside it."""
         return {
-            "program": {**self.program, "sha256": hashlib.sha256(self.file()).hexdigest()},
+            "program": {**self.program, "sha256": hashlib.sha256(self.file).hexdigest()},
             "proof": {"steps": list(self.steps), "upper": self.upper, "heads": list(self.heads)},
         }
-
-    def file(self) -> bytes:
-        """Return the safetensors file with the tensors of the program in float64."""
-        from safetensors.torch import save
-
-        return save({name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()})
 
 
 def program_of(model: nn.Module, input_shape: Sequence[int]) -> tuple[dict[str, Any], bytes]:
     """Return the list of operators of an exported network and its safetensors file, as `Proof` writes them."""
     import torch
-    from safetensors.torch import save
 
     from lipcert.bounds.patterns import lift
     from lipcert.bounds.tracing import trace
 
     with torch.no_grad():
-        program, tensors = _program(lift(trace(model, tuple(input_shape))))
-    return program, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        return _program(lift(trace(model, tuple(input_shape))))
 
 
 def require_finite(audit: Audit) -> None:
@@ -140,16 +132,17 @@ def _composed(factors: Sequence[Bound], before: Sequence[Bound], joint: bool) ->
     return (root if joint else total)(parts)
 
 
-def _program(graph: Graph) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the operators for one image as JSON-able data, and their tensors by name."""
+def _program(graph: Graph) -> tuple[dict[str, Any], bytes]:
+    """Return the operators for one image as JSON-able data, and their tensors as a safetensors file."""
     import torch
+    from safetensors.torch import save
+
+    from lipcert.bounds.graph import BatchConstant, BatchSize, Ref
 
     names = {id(tensor): name for name, tensor in graph.weights.items()}
     tensors: dict[str, Tensor] = {}
 
     def written(argument: Any) -> Any:
-        from lipcert.bounds.graph import BatchConstant, BatchSize, Ref
-
         if isinstance(argument, Ref):
             return {"value": argument.name}
         if isinstance(argument, BatchSize):
@@ -176,4 +169,5 @@ def _program(graph: Graph) -> tuple[dict[str, Any], dict[str, Tensor]]:
         }
         for node in graph.nodes
     ]
-    return {"schema": SCHEMA, "input": graph.input.name, "output": graph.output, "nodes": nodes}, tensors
+    program = {"schema": SCHEMA, "input": graph.input.name, "output": graph.output, "nodes": nodes}
+    return program, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})

@@ -32,7 +32,7 @@ def certify(model: torch.nn.Module, images: torch.Tensor, folder: Path) -> None:
         **facts, weights_sha256=found.weights_sha256, input_shape=found.input_shape, domain=found.domain,
         audit=found.to_json(), arithmetic={}, **proof.to_json(),
     )  # fmt: skip
-    begin(folder, certificate, batch_size=len(images), resume=False, tensors=proof.file())
+    begin(folder, certificate, batch_size=len(images), resume=False, tensors=proof.file)
     labels = torch.zeros(len(images), dtype=torch.int64)
     for rows in rows_of_batches(found, [(images, labels)], pairwise=proof.pairwise):
         write(folder, rows)

@@ -50,8 +50,8 @@ def test_steps_compose_to_the_bound_and_are_just_above_the_audit() -> None:
 def test_tensors_are_in_the_file_and_arguments_name_them() -> None:
     model = small()
     _, proof, data = written(model, (1, 8, 8))
-    tensors = load(proof.file())
-    assert hashlib.sha256(proof.file()).hexdigest() == data["program"]["sha256"]
+    tensors = load(proof.file)
+    assert hashlib.sha256(proof.file).hexdigest() == data["program"]["sha256"]
     named = {
         argument["tensor"]
         for node in data["program"]["nodes"]

@@ -184,11 +184,11 @@ def _attack(subject: Subject, ensemble: Ensemble, record: _Record, batch_size: i
     first = keep_whole_batches(path, COLUMNS, present, n, batch_size, resume=resume, rows_per_image=len(record.eps))
     rows = _read(path)
     record.write(rows)
-    numbered = _numbered(loader(subject.dataset, batch_size, start_batch=first // batch_size), first)
+    batches = numbered(loader(subject.dataset, batch_size, start_batch=first // batch_size), first)
     attacked = copy.deepcopy(subject.network).float()
     start, before = time.perf_counter(), record.seconds
     with progress(first, n, "attacking") as advance, _input_errors():
-        for batch in autoattack(attacked, subject.network, numbered, record.eps, ensemble, note=record.note):
+        for batch in autoattack(attacked, subject.network, batches, record.eps, ensemble, note=record.note):
             append_rows(path, COLUMNS, [[getattr(row, name) for name in COLUMNS] for row in batch])
             record.seconds = before + time.perf_counter() - start
             record.write(_read(path))
@@ -226,7 +226,7 @@ def _read(path: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(COLUMNS)).astype(types)
 
 
-def _numbered(batches: Iterable[tuple[Tensor, Tensor]], first: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+def numbered(batches: Iterable[tuple[Tensor, Tensor]], first: int) -> Iterator[tuple[int, Tensor, Tensor]]:
     for images, labels in batches:
         yield first, images, labels
         first += len(labels)

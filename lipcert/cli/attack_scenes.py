@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import lipcert
-from lipcert.cli.certify_scenes import CERTIFICATE, SUMMARY
-from lipcert.cli.certify_scenes import ROWS as CERTIFIED
+from lipcert.certificate import CERTIFICATE, SUMMARY
+from lipcert.certificate import SCENES as CERTIFIED
 from lipcert.cli.options import note, table, write_json
 from lipcert.cli.scenes import SceneSubject, load_scene_subject
 from lipcert.cli.subject import progress
@@ -141,14 +141,14 @@ def read_scenes(folder: Path) -> list[dict[str, Any]]:
 def _attack(subject: SceneSubject, eps: float, ensemble: Any, batch_size: int, advance: Any) -> list[SceneAttacked]:
     """Attack all images within one radius, and append a row for each image and attack."""
     from lipcert.attacks.segmentation import attack_scenes as run
-    from lipcert.cli.attack import _numbered
+    from lipcert.cli.attack import numbered
     from lipcert.data import scene_loader
 
     batches = scene_loader(subject.scenes, batch_size, mask_stride=subject.stride)
     rows: list[SceneAttacked] = []
     attacked = copy.deepcopy(subject.network).float()
     try:
-        for batch in run(attacked, subject.network, _numbered(batches, 0), eps, ensemble):
+        for batch in run(attacked, subject.network, numbered(batches, 0), eps, ensemble):
             before = {row.idx: row.predict for row in batch if row.attack == "clean"}
             append_rows(
                 subject.folder / ROWS,
@@ -194,27 +194,25 @@ def _compare(
     folder: Path, rows: Sequence[SceneAttacked], eps: float, worst_miou: float, stored: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Return which images are refuted, and whether the certified mean intersection over union is."""
+    from lipcert.certify import radius_keys
+
     if stored is None or max(stored["eps"]) < eps:
         return {"compared": False, "contradictions": [], "miou_refuted": False}
     found = contradictions(rows, read_scenes(folder))
     summary = read_json(folder / SUMMARY) if (folder / SUMMARY).exists() else {}
     n = len({row.idx for row in rows})
+    shares = summary.get("certified_miou", {})
     larger = [
-        (radius, share)
-        for key, share in summary.get("certified_miou", {}).items()
-        if (radius := _radius(key, stored["eps"])) >= eps and share is not None
+        share
+        for radius, key in radius_keys(stored["eps"]).items()
+        if radius >= eps and (share := shares.get(key)) is not None
     ]
     same = summary.get("n") == n and bool(larger)
     return {
         "compared": True,
         "contradictions": found,
-        "miou_refuted": same and worst_miou < min(larger)[1] * (1 - 1e-9),  # sums of floats against a fraction
+        "miou_refuted": same and worst_miou < larger[0] * (1 - 1e-9),  # sums of floats against a fraction
     }
-
-
-def _radius(key: str, eps: Sequence[float]) -> float:
-    """Return the radius that a key of summary.json stands for."""
-    return next((radius for radius in eps if key in (f"{radius:.4f}", repr(radius))), -1.0)
 
 
 def _text(subject: SceneSubject, entries: Sequence[dict[str, Any]]) -> str:

@@ -71,7 +71,7 @@ def command(
     subject = load_subject(**options)
     start = time.perf_counter()
     audit, proof, certificate = _prove(subject, deployed or "float64")
-    first = begin(subject.folder, certificate, batch_size=batch_size, resume=resume, tensors=proof.file())
+    first = begin(subject.folder, certificate, batch_size=batch_size, resume=resume, tensors=proof.file)
     if first == certificate.n:
         note(f"{subject.folder / ROWS} holds these certificates already; nothing was computed")
     _certify(subject, audit, proof, certificate, first, batch_size)

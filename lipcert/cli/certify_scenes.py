@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
@@ -12,6 +11,8 @@ import click
 import numpy as np
 
 import lipcert
+from lipcert.certificate import CERTIFICATE, SUMMARY
+from lipcert.certificate import SCENES as ROWS
 from lipcert.cli.options import note, table, write_json
 from lipcert.cli.scenes import BATCH, SceneSubject, load_scene_subject
 from lipcert.cli.subject import progress
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from lipcert.bounds.audit import Audit
     from lipcert.segment import Constants
 
-ROWS, CERTIFICATE, SUMMARY, MAPS = "scenes.tsv", "certificate.json", "summary.json", "maps.safetensors"
+MAPS = "maps.safetensors"
 RADII = (0.1, 0.25, 0.5, 1.0)
 SHOWN = 8  # images whose maps are kept for figures
 _STATEMENT = (
@@ -53,7 +54,7 @@ def certify_scenes(
     """
     from lipcert.bounds.audit import audit
     from lipcert.proof import require_finite
-    from lipcert.segment import constants
+    from lipcert.segment import SceneRow, constants
 
     if resume:
         raise InputError("certificates of segmentation are computed in one go; leave out --resume")
@@ -73,7 +74,7 @@ def certify_scenes(
         "precision": precision,
         "seconds": time.perf_counter() - begun,
     }
-    names = [field.name for field in fields(_row_type())]
+    names = [field.name for field in fields(SceneRow)]
     write_file(subject.folder / CERTIFICATE, _facts(subject, found, used, eps, precision))
     append_rows(subject.folder / ROWS, names, rows[names].itertuples(index=False, name=None))
     write_bytes(subject.folder / MAPS, maps)
@@ -88,10 +89,9 @@ def certify_scenes(
 
 def summarise(found: dict[float, dict[str, Any]], eps: Sequence[float]) -> dict[str, Any]:
     """Return summary.json from the summaries of `lipcert.segment`: certified numbers by radius."""
-    keys: dict[float, str] = {}
-    for radius in eps:
-        short = f"{radius:.4f}"
-        keys[radius] = repr(radius) if short in keys.values() else short
+    from lipcert.certify import radius_keys
+
+    keys = radius_keys(eps)
     first = found[eps[0]]
 
     def by_radius(name: str) -> dict[str, Any]:
@@ -195,13 +195,9 @@ def _single(radius: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.where(single > radius, np.nextafter(single, np.float32(0)), single)
 
 
-def _row_type() -> Any:
-    from lipcert.segment import SceneRow
-
-    return SceneRow
-
-
 def _text(subject: SceneSubject, summary: dict[str, Any], used: Constants) -> str:
+    from lipcert.report import wording
+
     def percent(share: float | None) -> str:
         return "-" if share is None else f"{100 * share:.2f} %"
 
@@ -213,13 +209,6 @@ def _text(subject: SceneSubject, summary: dict[str, Any], used: Constants) -> st
     ]
     sides = "x".join(map(str, subject.shape[1:]))
     what = f"{subject.name} on {summary['n']} images ({sides}) of {subject.scenes.name} {subject.scenes.split}"
-    bound = f"Lipschitz bounds of the {used.of}: {_up(used.joint)} all positions, {_up(used.pixel)} one"
+    joint, pixel = (wording.upper(constant, 6) for constant in (used.joint, used.pixel))
+    bound = f"Lipschitz bounds of the {used.of}: {joint} all positions, {pixel} one"
     return f"{what}; {bound}; certified for {summary['precision']}\n\n{table(rows, header)}"
-
-
-def _up(bound: float) -> str:
-    """Write a bound with six digits, rounded up."""
-    if bound == 0 or not math.isfinite(bound):
-        return f"{bound:g}"
-    unit = 10.0 ** (math.floor(math.log10(bound)) - 5)
-    return f"{math.ceil(bound / unit) * unit:.6g}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lipcert.cli.model import resolve_model
+from lipcert.cli.subject import find
 from lipcert.errors import InputError
 from lipcert.files import read_json, require_writable
 
@@ -68,40 +68,19 @@ def load_scene_subject(
     Images are scaled to the size that the run was trained on.
     """
     from lipcert import data as datasets
-    from lipcert.config import load_config
     from lipcert.export import export
-    from lipcert.registry import models
     from lipcert.runtime import select_device
 
     place = select_device(device)
-    if data is not None:
-        datasets.require_task(data, "segmentation")
-    source = None if data is None else datasets.info(data)
-    if source is None:
-        resolved = resolve_model(model, seed=seed)
-    else:
-        square = (source.in_chans, source.img_size, source.img_size)
-        resolved = resolve_model(model, num_classes=source.num_classes, input_shape=square, seed=seed)
-    known = resolved.config.get("model")
-    if isinstance(known, str) and known in models:
-        models.require_task(known, "segmentation")
-    data = data or resolved.config.get("data")
-    if data is None:
-        raise InputError(f"nothing says which images to use with {model}; name a data set with --data")
-    folder = output or resolved.run
-    if folder is None:
-        raise InputError(f"{model} is not a run folder; say with -o where the results shall go")
-    datasets.require_task(data, "segmentation")
-    source = source or datasets.info(data)
-    shape = resolved.input_shape or (source.in_chans, source.height or source.img_size, source.img_size)
+    resolved, data, folder, val_fraction = find("segmentation", model, data, output, seed)
+    source = datasets.info(data)
+    shape = resolved.input_shape or source.shape
     if len(shape) != 3 or shape[0] != source.in_chans:
         raise InputError(
             f"{resolved.name} takes inputs of {shape}, the images of {data} have {source.in_chans} colours"
         )
-    recipe = resolved.run / "config.yaml" if resolved.run is not None else None
-    config = load_config(recipe) if recipe is not None and recipe.is_file() else None
-    fraction = None if config is None else config.val_fraction
-    scenes = datasets.load_scenes(data, data_root, split, val_fraction=fraction, img_size=(shape[1], shape[2]))
+    sides = shape[1], shape[2]
+    scenes = datasets.load_scenes(data, data_root, split, val_fraction=val_fraction, img_size=sides)
     network = export(resolved.model).to(place)
     stride = _stride(network, resolved.name, shape, scenes, place)
     return SceneSubject(network, resolved.name, scenes.first(limit), shape, stride, require_writable(folder), place)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lipcert.cli.model import resolve_model
+from lipcert.cli.model import Resolved, resolve_model
 from lipcert.cli.options import data_root_option, device_option, json_option, seed_option
 from lipcert.errors import InputError
 from lipcert.files import require_writable
@@ -69,48 +69,57 @@ def load_subject(
 ) -> Subject:
     """Resolve the model, export it, read the images, and check that they fit together; else raise InputError."""
     from lipcert import data as datasets
-    from lipcert.config import load_config
     from lipcert.export import export
-    from lipcert.registry import models
     from lipcert.runtime import select_device
 
     place = select_device(device)
-    if data is not None:
-        datasets.require_task(data, "classification")
-    source = None if data is None else datasets.info(data)
-    if source is None:
-        resolved = resolve_model(model, seed=seed)
-    else:
-        resolved = resolve_model(model, num_classes=source.num_classes, input_shape=_shape(source), seed=seed)
-    known = resolved.config.get("model")
-    if isinstance(known, str) and known in models:
-        models.require_task(known, "classification")
-    data = data or resolved.config.get("data")
-    if data is None:
-        raise InputError(f"nothing says which images to use with {model}; name a data set with --data")
-    folder = output or resolved.run
-    if folder is None:
-        raise InputError(f"{model} is not a run folder; say with -o where the results shall go")
-    source = source or datasets.info(data)
-    shape = _shape(source)
+    resolved, data, folder, val_fraction = find("classification", model, data, output, seed)
+    source = datasets.info(data)
+    shape = source.shape
     wanted = resolved.input_shape or shape
     if wanted != shape and not (source.resizes and wanted[0] == shape[0] and wanted[1] == wanted[2]):
         raise InputError(f"{resolved.name} takes inputs of {wanted}, the images of {data} are {shape}; use other data")
     classes = resolved.config.get("num_classes", source.num_classes)
     if classes != source.num_classes:
         raise InputError(f"{resolved.name} has {classes} classes, {data} has {source.num_classes}; use other data")
-    # The validation images of a run are those that its training left out.
-    recipe = resolved.run / "config.yaml" if resolved.run is not None else None
-    config = load_config(recipe) if recipe is not None and recipe.is_file() else None
-    images = datasets.load(
-        data,
-        data_root,
-        split,
-        val_fraction=None if config is None else config.val_fraction,
-        img_size=wanted[-1] if source.resizes else None,
-    ).first(limit)
+    size = wanted[-1] if source.resizes else None
+    images = datasets.load(data, data_root, split, val_fraction=val_fraction, img_size=size).first(limit)
     network = export(resolved.model).to(place)
     return Subject(network, resolved.name, images, wanted, require_writable(folder), place)
+
+
+def find(
+    task: str, model: str, data: str | None, output: Path | None, seed: int
+) -> tuple[Resolved, str, Path, float | None]:
+    """Return the model, the name of its data set, the folder for results, and the run's share of validation images.
+
+    InputError says what is missing, or which of the two is for another task.
+    """
+    from lipcert import data as datasets
+    from lipcert.config import load_config
+    from lipcert.registry import models
+
+    if data is None:
+        resolved = resolve_model(model, seed=seed)
+    else:
+        datasets.require_task(data, task)
+        source = datasets.info(data)
+        square = (source.in_chans, source.img_size, source.img_size)
+        resolved = resolve_model(model, num_classes=source.num_classes, input_shape=square, seed=seed)
+    known = resolved.config.get("model")
+    if isinstance(known, str) and known in models:
+        models.require_task(known, task)
+    name = data or resolved.config.get("data")
+    if name is None:
+        raise InputError(f"nothing says which images to use with {model}; name a data set with --data")
+    datasets.require_task(name, task)
+    folder = output or resolved.run
+    if folder is None:
+        raise InputError(f"{model} is not a run folder; say with -o where the results shall go")
+    # The validation images of a run are those that its training left out.
+    recipe = None if resolved.run is None else resolved.run / "config.yaml"
+    config = load_config(recipe) if recipe is not None and recipe.is_file() else None
+    return resolved, name, folder, None if config is None else config.val_fraction
 
 
 @contextmanager
@@ -119,7 +128,3 @@ def progress(done: int, total: int, label: str) -> Iterator[Callable[[int], None
     with click.progressbar(length=total, label=label, file=sys.stderr, hidden=not sys.stderr.isatty()) as bar:
         bar.update(done)
         yield bar.update
-
-
-def _shape(source: Any) -> tuple[int, int, int]:
-    return source.shape

@@ -20,6 +20,7 @@ Examples:
   lipcert train --preset digits -o runs/digits
   lipcert train --model lipshift_tiny --data cifar10 --epochs 10 -o runs/cifar10
   lipcert train my.yaml --set lr=1e-3 --set model_args.embed_dim=64 -o runs/mine
+  lipcert train --preset camvid -o runs/camvid
   lipcert train --resume -o runs/cifar10
   torchrun --nproc-per-node 8 -m lipcert train --preset cifar10 -o runs/cifar10"""
 )
@@ -29,7 +30,11 @@ Examples:
 @click.option("--data", metavar="NAME", help="Data set (lipcert data), or folder:PATH.")
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the training images.")
 @click.option("--eps", type=Radius(), help="l2 radius to train for, like 36/255.")
-@click.option("--loss", metavar="NAME", help="emma, gloro, trades, offset_, tau_ or cross_entropy.")
+@click.option(
+    "--loss",
+    metavar="NAME",
+    help="emma, gloro, trades, offset_cross_entropy, tau_cross_entropy or cross_entropy.  [default: emma]",
+)
 @click.option("--seed", type=click.IntRange(0), help="Seed of everything random.  [default: 0]")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Set any key of the configuration.")
 @click.option(

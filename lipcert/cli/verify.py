@@ -59,12 +59,13 @@ def command(
     Every step of the proof is confirmed by another method, every radius by another evaluation of the network. If the
     folder is a run, its model is exported again and compared with the program of the certificate.
     """
+    from lipcert.certificate import CERTIFICATE, PROGRAM, ROWS, SCENES
     from lipcert.checker import check
 
-    path = certificate / "certificate.json" if certificate.is_dir() else certificate
-    if path.is_file() and path.with_name("scenes.tsv").is_file():
+    path = certificate / CERTIFICATE if certificate.is_dir() else certificate
+    if path.is_file() and path.with_name(SCENES).is_file():
         raise InputError(f"{path} is about segmentation, which cannot be re-proved yet; only classification can")
-    for needed in (path, weights or path.with_name("program.safetensors"), path.with_name("certificates.tsv")):
+    for needed in (path, weights or path.with_name(PROGRAM), path.with_name(ROWS)):
         if not needed.is_file():
             raise InputError(f"{needed} is not there; `lipcert certify` writes it")
     if images_file is not None and data is not None:

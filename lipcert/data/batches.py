@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,28 +52,24 @@ def loader(
     >>> images.shape, images.dtype, labels.dtype
     (torch.Size([32, 1, 8, 8]), torch.float32, torch.int64)
     """
-    if not 0 <= rank < world:
-        raise ValueError(f"rank must be 0 … world-1, got rank {rank} of {world}")
-    if batch_size < 1:
-        raise InputError(f"the batch size must be at least 1, got {batch_size}")
+    check(batch_size, rank, world)
     change = parse(augment, dataset.default_augment)
     if change.resized_crop and not isinstance(dataset.images, ImageFiles):
         raise InputError(f"resizedcrop needs image files, and {dataset.name} has none; use shift4 instead")
     if workers is None:
         workers = cores()
-    return Batches(dataset, batch_size, shuffle, seed, epoch, change, drop_last, rank, world, start_batch, workers)
+    return Batches(dataset, batch_size, shuffle, seed, epoch, drop_last, rank, world, start_batch, workers, change)
 
 
 @dataclass(frozen=True)
-class Batches:
-    """What `loader` returns; `len` counts the batches that come, `total` also those before `start_batch`."""
+class Order:
+    """Which items of a set make which batch; `len` counts the batches that come, `total` also those before them."""
 
-    dataset: Dataset
+    dataset: Sized
     batch_size: int
     shuffle: bool
     seed: int
     epoch: int
-    augment: Augment
     drop_last: bool
     rank: int
     world: int
@@ -87,46 +84,64 @@ class Batches:
     def __len__(self) -> int:
         return max(0, self.total - self.start_batch)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if isinstance(self.dataset.images, Tensor) and self.augment.batched:
-            return self._at_once(self.dataset.images)
-        return self._one_by_one()
-
-    def _chunks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield the number of each step and the indices of its images in all processes."""
+    def steps(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield the number of each step and the indices of its items in all processes."""
         n, step = len(self.dataset), self.world * self.batch_size
         order = torch.randperm(n, generator=generator_of(self.seed, self.epoch)) if self.shuffle else torch.arange(n)
         for batch in range(self.start_batch, self.total):
             yield batch, order[batch * step : (batch + 1) * step]
 
-    def _at_once(self, images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        mine = slice(self.rank, None, self.world)
-        for batch, indices in self._chunks():
-            draws = draw(self.augment, len(indices), generator_of(self.seed, self.epoch, batch))[:, mine]
-            chosen = indices[mine].to(images.device)
-            yield to_pixels(shift_and_flip(images[chosen], self.augment, draws)), self.dataset.labels[chosen]
-
-    def _one_by_one(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def read(self, items: MapStyle[tuple[Tensor, Tensor]], **options: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this process's batches of `items`, a map from (index, seed), with the workers of a DataLoader."""
         step = self.world * self.batch_size
         batches = [
             [
                 (int(indices[place]), seed_of(self.seed, self.epoch, batch * step + place))
                 for place in range(self.rank, len(indices), self.world)
             ]
-            for batch, indices in self._chunks()
+            for batch, indices in self.steps()
         ]
         reader = DataLoader(
-            _Drawn(self.dataset, self.augment),
+            items,
             batch_sampler=batches,
             num_workers=self.workers,
             pin_memory=torch.cuda.is_available(),
             generator=generator_of(self.seed, self.epoch),  # else it would draw from the global one
+            **options,
         )
         try:
-            for images, labels in reader:
-                yield to_pixels(images), labels
+            yield from reader
         except InputError as error:  # from a worker it comes with a traceback in its text
             raise InputError(str(error).strip().splitlines()[-1].removeprefix("lipcert.errors.InputError: ")) from error
+
+
+@dataclass(frozen=True)
+class Batches(Order):
+    """What `loader` returns."""
+
+    dataset: Dataset
+    augment: Augment
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if isinstance(self.dataset.images, Tensor) and self.augment.batched:
+            return self._at_once(self.dataset.images)
+        pairs = self.read(_Drawn(self.dataset, self.augment))
+        return ((to_pixels(images), labels) for images, labels in pairs)
+
+    def _at_once(self, images: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        mine = slice(self.rank, None, self.world)
+        for batch, indices in self.steps():
+            draws = draw(self.augment, len(indices), generator_of(self.seed, self.epoch, batch))[:, mine]
+            chosen = indices[mine].to(images.device)
+            yield to_pixels(shift_and_flip(images[chosen], self.augment, draws)), self.dataset.labels[chosen]
+
+
+def check(batch_size: int, rank: int, world: int) -> None:
+    """Refuse a rank outside the world (ValueError) and an empty batch (InputError)."""
+    if not 0 <= rank < world:
+        raise ValueError(f"rank must be 0 … world-1, got rank {rank} of {world}")
+    if batch_size < 1:
+        raise InputError(f"the batch size must be at least 1, got {batch_size}")
 
 
 class _Drawn(MapStyle[tuple[Tensor, Tensor]]):

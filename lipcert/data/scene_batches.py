@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as MapStyle
 
-from lipcert.data.batches import cores, generator_of, seed_of, to_pixels
+from lipcert.data.batches import Order, check, cores, to_pixels
 from lipcert.data.scenes import IGNORE, ScenePixels, Scenes, stack
 from lipcert.data.torchvision import import_torchvision
 from lipcert.errors import InputError, unknown
@@ -49,66 +48,28 @@ def scene_loader(
     The other arguments are those of `lipcert.data.loader`. Images of different sizes in one batch, unreadable files and
     unknown augmentations raise InputError.
     """
-    if not 0 <= rank < world:
-        raise ValueError(f"rank must be 0 … world-1, got rank {rank} of {world}")
-    if batch_size < 1 or mask_stride < 1:
-        raise InputError(f"batch size and mask stride must be at least 1, got {batch_size} and {mask_stride}")
+    check(batch_size, rank, world)
+    if mask_stride < 1:
+        raise InputError(f"the mask stride must be at least 1, got {mask_stride}")
     names = parse(augment, scenes.default_augment)
     if workers is None:
         workers = 0 if isinstance(scenes.pairs, ScenePixels) and not names else cores()
     return SceneBatches(
-        scenes, batch_size, shuffle, seed, epoch, names, mask_stride, drop_last, rank, world, start_batch, workers
+        scenes, batch_size, shuffle, seed, epoch, drop_last, rank, world, start_batch, workers, names, mask_stride
     )
 
 
 @dataclass(frozen=True)
-class SceneBatches:
-    """What `scene_loader` returns; `len` counts the batches that come, `total` also those before `start_batch`."""
+class SceneBatches(Order):
+    """What `scene_loader` returns."""
 
-    scenes: Scenes
-    batch_size: int
-    shuffle: bool
-    seed: int
-    epoch: int
+    dataset: Scenes
     augment: tuple[str, ...]
     mask_stride: int
-    drop_last: bool
-    rank: int
-    world: int
-    start_batch: int
-    workers: int
-
-    @property
-    def total(self) -> int:
-        whole, rest = divmod(len(self.scenes), self.world * self.batch_size)
-        return whole + (rest > self.rank and not self.drop_last)
-
-    def __len__(self) -> int:
-        return max(0, self.total - self.start_batch)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        n, step = len(self.scenes), self.world * self.batch_size
-        order = torch.randperm(n, generator=generator_of(self.seed, self.epoch)) if self.shuffle else torch.arange(n)
-        batches = [
-            [(int(order[place]), seed_of(self.seed, self.epoch, place)) for place in self._places(batch, step, n)]
-            for batch in range(self.start_batch, self.total)
-        ]
-        reader = DataLoader(
-            _Drawn(self.scenes, self.augment),
-            batch_sampler=batches,
-            num_workers=self.workers,
-            collate_fn=_collate,
-            pin_memory=torch.cuda.is_available(),
-            generator=generator_of(self.seed, self.epoch),  # else it would draw from the global one
-        )
-        try:
-            for images, masks in reader:
-                yield to_pixels(images), at_stride(masks, self.mask_stride).long()
-        except InputError as error:  # from a worker it comes with a traceback in its text
-            raise InputError(str(error).strip().splitlines()[-1].removeprefix("lipcert.errors.InputError: ")) from error
-
-    def _places(self, batch: int, step: int, n: int) -> range:
-        return range(batch * step + self.rank, min(n, (batch + 1) * step), self.world)
+        pairs = self.read(_Drawn(self.dataset, self.augment), collate_fn=_collate)
+        return ((to_pixels(images), at_stride(masks, self.mask_stride).long()) for images, masks in pairs)
 
 
 def at_stride(masks: Tensor, stride: int) -> Tensor:

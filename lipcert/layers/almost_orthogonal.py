@@ -7,18 +7,18 @@ split into blocks, each with a rescaling of its own, as a joint projection to qu
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lipcert.layers.derived import DerivedLinear
 from lipcert.layers.precision import own_precision
 
 
-class AOLLinear(nn.Module):
+class AOLLinear(DerivedLinear):
     """Linear layer whose `blocks` equal groups of rows have norm at most 1 each, on the last axis of its input.
 
     The raw parameter is `raw` (out, in), orthogonal at the start, the effective one the property `weight`.
 
+    >>> import torch
     >>> layer = AOLLinear(4, 4)
     >>> bool(torch.linalg.matrix_norm(layer.weight, 2) <= 1 + 1e-5)
     True
@@ -27,12 +27,10 @@ class AOLLinear(nn.Module):
     def __init__(
         self, in_features: int, out_features: int, *, blocks: int = 1, bias: bool = True, device=None, dtype=None
     ) -> None:
-        super().__init__()
         if blocks < 1 or out_features % blocks:
             raise ValueError(f"{blocks} blocks do not divide {out_features} rows")
-        self.in_features, self.out_features, self.blocks = in_features, out_features, blocks
-        self.raw = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.blocks = blocks
         for block in self.raw.detach().chunk(blocks):
             nn.init.orthogonal_(block)
 
@@ -43,15 +41,5 @@ class AOLLinear(nn.Module):
             sums = (raw.mT @ raw).abs().sum(1, keepdim=True)  # (blocks, 1, in)
             return (raw * sums.clamp_min(1e-12).rsqrt()).flatten(0, 1)
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
-        return F.linear(x, self.weight, self.bias)
-
-    def export(self) -> nn.Linear:
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.weight.detach().clone())
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone())
-        return linear
-
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, blocks={self.blocks}, bias={self.bias is not None}"
+        return f"{super().extra_repr()}, blocks={self.blocks}"

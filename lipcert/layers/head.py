@@ -11,37 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lipcert.layers.derived import DerivedLinear
 from lipcert.layers.precision import own_precision
 
 
-class NormalizedLinear(nn.Module):
+class NormalizedLinear(DerivedLinear):
     """Linear layer with l2-normalised rows; the raw parameter is `raw` (out, in), the effective one the property
     `weight`."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, device=None, dtype=None) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.raw = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         nn.init.orthogonal_(self.raw)
 
     @property
     def weight(self) -> Tensor:  # (out, in), rows of norm 1 (0 where the raw row is 0)
         with own_precision(self.raw):
             return F.normalize(self.raw, dim=1, eps=torch.finfo(self.raw.dtype).tiny)
-
-    def forward(self, x: Tensor) -> Tensor:  # (n, in) -> (n, out)
-        return F.linear(x, self.weight, self.bias)
-
-    def export(self) -> nn.Linear:
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.weight.detach().clone())
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone())
-        return linear
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 
 def pairwise_distances(weight: Tensor) -> Tensor:

@@ -46,9 +46,7 @@ class LipSegFormer(Estimated):
         self.stem, self.head, self.decoder = stem, head, decoder
         self.positions = nn.Parameter(torch.zeros(stem.out_channels, *(side // 4 for side in stem_segment[1][1:])))
         self.stages = nn.ModuleList(nn.Sequential(*blocks) for blocks in stages)
-        self.depths = [len(blocks) for blocks in stages]
-        inner = [segment for blocks in stages for block in blocks for segment in block.segments()]
-        self.power = PowerIteration([stem_segment, *inner, *decoder.segments()])
+        self.power = PowerIteration([stem_segment, *_segments(self.stages), *decoder.segments()])
 
     def forward(self, x: Tensor) -> Tensor:
         x, kept = self.stem(x - x.mean((2, 3), keepdim=True)) + self.positions, []
@@ -64,12 +62,7 @@ class LipSegFormer(Estimated):
         """Run the power iterations and return the estimate of the features' constant, differentiable in all weights."""
         norms = iter(self.power(iterations))
         stem = next(norms)
-        stages = []
-        for depth in self.depths:
-            constant = stem.new_ones(())
-            for _ in range(depth):
-                constant = constant * next(norms)
-            stages.append(constant)
+        stages = [_product(stem.new_ones(()), stage, norms) for stage in self.stages]
         return stem * self.decoder.compose(stages, norms)
 
 
@@ -79,7 +72,6 @@ class SplitDecoder(nn.Module):
     def __init__(self, stages: Sequence[Sequence[LinearShiftBlock]]) -> None:
         super().__init__()
         self.stages = nn.ModuleList(nn.Sequential(*blocks) for blocks in stages)
-        self._blocks = [list(blocks) for blocks in stages]  # no second owner: a list of lists is no module
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the decoder keeps and what goes on."""
@@ -93,15 +85,13 @@ class SplitDecoder(nn.Module):
         return x
 
     def segments(self) -> list[Segment]:
-        return [segment for blocks in self._blocks for block in blocks for segment in block.segments()]
+        return _segments(self.stages)
 
     def compose(self, encoder: Sequence[Tensor], norms: Iterator[Tensor]) -> Tensor:
         """Return the constant behind the stem: disjoint halves count with the larger of their constants."""
         constant = encoder[-1]
-        for before, blocks in zip(encoder[-2::-1], self._blocks, strict=True):
-            constant = before * constant.clamp_min(1.0)
-            for _ in blocks:
-                constant = constant * next(norms)
+        for before, stage in zip(encoder[-2::-1], self.stages, strict=True):
+            constant = _product(before * constant.clamp_min(1.0), stage, norms)
         return constant
 
 
@@ -138,6 +128,22 @@ class MLPDecoder(nn.Module):
             constant = constant * stage
             squares = squares + (constant * next(norms)) ** 2
         return next(norms) * (squares / len(encoder)).sqrt()
+
+
+def _segments(stages: nn.ModuleList) -> list[Segment]:
+    return [segment for stage in stages for block in stage.children() for segment in _block(block).segments()]
+
+
+def _product(constant: Tensor, stage: nn.Module, norms: Iterator[Tensor]) -> Tensor:
+    """Return a constant times those of the blocks of a stage."""
+    for block in stage.children():
+        constant = constant * _block(block).lipschitz([next(norms)])
+    return constant
+
+
+def _block(module: nn.Module) -> LinearShiftBlock:
+    assert isinstance(module, LinearShiftBlock)
+    return module
 
 
 def _pointwise(in_dim: int, out_dim: int) -> nn.Conv2d:

@@ -30,7 +30,7 @@ from lipcert.layers import LiResConv, MaxMin, NormalizedLinear, ScaledCosineAtte
 from lipcert.layers.power import Segment
 from lipcert.models.network import PartNetwork
 from lipcert.models.parts import Affine, LinearShiftBlock, Part, ShiftMix
-from lipcert.models.shiftvit import Activation, Center, largest_patch, patch_convolution
+from lipcert.models.shiftvit import Activation, Center, fitting_patch, patch_convolution
 from lipcert.registry import models
 
 
@@ -160,12 +160,7 @@ def lipsformer_certified(
     heads = (num_heads,) * stages if isinstance(num_heads, int) else tuple(num_heads)
     if not len(attends) == len(heads) == stages:
         raise InputError("depths, attention and num_heads need one entry for each stage")
-    patch = patch_size or largest_patch(img_size, stages)
-    if img_size % (patch * 2 ** (stages - 1)):
-        raise InputError(
-            f"img_size {img_size} is not a multiple of {patch * 2 ** (stages - 1)} "
-            f"(patch_size {patch}, {stages} stages); choose another patch_size or fewer stages"
-        )
+    patch = fitting_patch(img_size, stages, patch_size)
     dim, grid = embed_dim, img_size // patch
     stem = Affine((in_chans, img_size, img_size), patch_convolution(in_chans, dim, patch, img_size))
     parts: list[Part | nn.Module] = [Center(), stem]

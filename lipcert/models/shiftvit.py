@@ -228,12 +228,7 @@ def lipshift(
         neck_depth: linear residual dense blocks after the neck.
     """
     stages = len(depths)
-    patch = patch_size or largest_patch(img_size, stages)
-    if img_size % (patch * 2 ** (stages - 1)):
-        raise InputError(
-            f"img_size {img_size} is not a multiple of {patch * 2 ** (stages - 1)} "
-            f"(patch_size {patch}, {stages} stages); choose another patch_size or fewer stages"
-        )
+    patch = fitting_patch(img_size, stages, patch_size)
     dim, grid = embed_dim, img_size // patch
     parts: list[Part | nn.Module] = [
         Center(),
@@ -276,7 +271,18 @@ def _rising(last: float, count: int) -> list[float]:
     return [last * i / max(1, count - 1) for i in range(count)]
 
 
-def largest_patch(img_size: int, stages: int) -> int:
+def fitting_patch(img_size: int, stages: int, patch_size: int | None) -> int:
+    """Return the side of the first patches, chosen if None; images that it does not cut evenly raise InputError."""
+    patch = patch_size or _largest_patch(img_size, stages)
+    if img_size % (patch * 2 ** (stages - 1)):
+        raise InputError(
+            f"img_size {img_size} is not a multiple of {patch * 2 ** (stages - 1)} "
+            f"(patch_size {patch}, {stages} stages); choose another patch_size or fewer stages"
+        )
+    return patch
+
+
+def _largest_patch(img_size: int, stages: int) -> int:
     least = 7 if stages == 1 else 4  # one stage has to look at the picture in some detail by itself
     last = img_size // 2 ** (stages - 1)  # grid of the last stage with patches of 1
     patch = 1

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lipcert.bounds import Audit, audit
+from lipcert.bounds import Audit, Bound, audit
 from lipcert.bounds.core import RULES
-from lipcert.bounds.positions import POSITIONED, positioned
+from lipcert.bounds.positions import POSITIONED, Reading, Source, positioned
 
 SHAPE = (4, 6, 6)
 
@@ -146,29 +146,45 @@ def test_one_position_is_bounded_behind_an_enlargement(name: str) -> None:
     assert result.upper.value >= least * result.position.value, str(result)
 
 
-# Operators that join positions: taking the position of the argument for that of the result would be wrong.
+# Operators whose results read several positions, or more of one: each with the names under which taking the position of
+# the argument for that of the result, by the factor 1, must show.
 NOT_ALONE = {
-    "group norm": lambda m, x: F.group_norm(up(m.a(x)), 2, eps=0.5),
-    "softmax over a row": lambda m, x: 9.0 * up(m.a(x)).softmax(3),
-    "layer norm over a row": lambda m, x: F.layer_norm(up(m.a(x)), (18,), eps=0.1),
-    "channels become positions": lambda m, x: up(m.a(x)).relu().transpose(1, 2),
-    "reshaped across channels": lambda m, x: up(m.a(x)).relu().reshape(-1, 8, 9, 18),
-    "positions become channels": lambda m, x: F.pixel_unshuffle(up(m.a(x)).relu(), 3),
-    "a sum over rows": lambda m, x: up(m.a(x)).relu().sum(2, keepdim=True),
-    "a mean over channels": lambda m, x: up(m.a(x)).relu().mean(1, keepdim=True),
-    "maximum of a window": lambda m, x: F.max_pool2d(up(m.a(x)), 5, 1),
-    "one channel for all": lambda m, x: up(m.a(x)).relu()[:, :1].expand(-1, 5, -1, -1),
-    "a product of data": lambda m, x: up(m.a(x)).relu() * up(m.a(x)).sigmoid().mean((2, 3), keepdim=True),
-    "MaxMin along a row": lambda m, x: torch.cat(
-        [torch.maximum(*up(m.a(x)).chunk(2, 3)), torch.minimum(*up(m.a(x)).chunk(2, 3))], 3
-    ),
+    "group norm": (lambda m, x: F.group_norm(up(m.a(x)), 2, eps=0.5), "group_norm.default"),
+    "layer norm over a row": (lambda m, x: F.layer_norm(up(m.a(x)), (18,), eps=0.1), "layer_norm.default"),
+    "channels become positions": (lambda m, x: up(m.a(x)).relu().transpose(1, 2), "transpose.int"),
+    "reshaped across channels": (lambda m, x: up(m.a(x)).reshape(-1, 36, 36), "reshape.default"),
+    "positions become channels": (lambda m, x: F.pixel_unshuffle(up(m.a(x)).relu(), 3), "pixel_unshuffle.default"),
+    "a sum over rows": (lambda m, x: up(m.a(x)).relu().sum(2, keepdim=True), "sum.dim_IntList"),
+    "a sum over channels": (lambda m, x: up(m.a(x)).sum(1, keepdim=True), "sum.dim_IntList"),
+    "sums along a row": (lambda m, x: up(m.a(x)).cumsum(3), "cumsum.default"),
+    "one channel for all": (lambda m, x: up(m.a(x)).relu()[:, :1].expand(-1, 5, -1, -1), "expand.default"),
+    "a product of data": (lambda m, x: up(m.a(x) + 3.0) * up(m.b(x) + 3.0), "mul.Tensor"),
 }
 
 
+def positive() -> dict[str, nn.Module]:
+    """Return two maps with positive weights: what adds up along rows or channels has one sign."""
+    layers = dict(a=conv(), b=conv())
+    for layer in layers.values():
+        layer.weight.data.abs_()
+    return layers
+
+
 @pytest.mark.parametrize("name", NOT_ALONE)
-def test_what_joins_positions_is_not_taken_for_what_does_not(name: str) -> None:
+def test_what_joins_positions_is_not_taken_for_what_does_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(1)
-    check(Apply(NOT_ALONE[name], a=conv()))
+    forward, op = NOT_ALONE[name]
+    model = Apply(forward, **positive())
+    check(model)
+
+    def mistaken(node, channel, nodes):
+        x = nodes[node.inputs[0]]
+        factor = Bound(1.0, "upper", "")
+        return Reading((Source(x.name, min(channel, len(x.shape) - 1), lambda context: factor),))
+
+    monkeypatch.setitem(POSITIONED, f"aten.{op}", mistaken)
+    with pytest.raises(AssertionError, match=">"):
+        check(model)
 
 
 def test_without_an_enlargement_it_is_the_bound_of_the_whole_and_logits_have_none() -> None:
@@ -205,7 +221,7 @@ def test_a_linear_decoder_is_bounded_exactly() -> None:
 
 
 def test_every_operator_with_positions_has_a_rule_and_none_has_two() -> None:
-    assert POSITIONED.keys() <= RULES.keys() | {"aten.log_softmax.int"}
+    assert POSITIONED.keys() <= RULES.keys()
     with pytest.raises(ValueError, match="already has a rule"):
         positioned("aten.relu.default")(lambda node, channel, nodes: None)
 
