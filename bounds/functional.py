@@ -64,6 +64,17 @@ def inlined(module: torch.fx.GraphModule) -> torch.fx.Graph:
     return graph
 
 
+def autocasts(module: torch.fx.GraphModule) -> list[tuple[str, str]]:
+    """Return what a program does in regions of lower precision: (type, "runs a part in …")."""
+    found = []
+    for part in module.modules():
+        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+            if str(node.target) == "wrap_with_autocast" and node.args[2]:
+                kind = str(node.args[1] or torch.float16).removeprefix("torch.")
+                found.append((kind, f"runs a part in {kind} ({module_path(node)}, {source_line(node)})"))
+    return found
+
+
 def _write(module: torch.fx.GraphModule, graph: torch.fx.Graph, known: dict[torch.fx.Node, Any]) -> Any:
     """Copy the nodes of a module to the end of a graph and return what it outputs; `known` starts as its arguments."""
     for node in module.graph.nodes:

@@ -85,6 +85,8 @@ class Graph:
     output: str
     weights: Mapping[str, Tensor]  # the parameters and buffers that the result depends on
     batched: bool  # False for a program exported for a batch of exactly one image
+    # What the program does and this list does not: ("", "computes weights, …"), or a cast, which is none in a precision
+    departures: tuple[tuple[str, str], ...] = ()
 
     @property
     def input(self) -> Node:

@@ -15,10 +15,18 @@ must be linear, for a constant of another one may hold near exact values only.
 
 *Deployed precision.* The same operators in another precision p, on any x' with ‖x' - x‖ ≤ r: then the arguments are not
 at hand, but ‖u'‖ ≤ ‖u‖ + e(u) + L(u)·r for the exact values at x', and the computed ones are within e_p(u) of them.
-Weights that are not representable in p are rounded, which `Rounding` counts. Constants that hold on the ranges of the
-domain alone come with margins: where the error of an argument exceeds its margin, the error is ∞. What evaluates the
-program must use conventional arithmetic (any order of summation, fused multiply-add allowed; no TF32, Winograd or FFT
+Weights that are not representable in p are rounded, which `Rounding` counts; those of the list of operators, where
+operators of constants alone have been evaluated in float64 before. Constants that hold on the ranges of the domain
+alone come with margins: where the error of an argument exceeds its margin, the error is ∞. What evaluates the program
+must use conventional arithmetic (any order of summation, fused multiply-add allowed; no TF32, Winograd or FFT
 convolutions).
+
+*Range of exponents.* A result below TINY may lose everything, and so may a weight or an argument below it: with fewer
+than 2^40 of them, a lost argument is off by at most 2^20·TINY in l2, and lost weights change an operator by as much in
+the operator norm, by FLUSHED in a BatchNorm that divides them by a root of at least √(TINY/u). What is squared may
+underflow under a root. Where a weight, a result, the sum of absolute values of an inner product, or
+the square of what is squared could exceed LARGE, the error is ∞; so it is where all that may underflow is not far below
+one rounding (BatchNorm with variances as small as TINY).
 
 Numbers here are float64 tensors (n,); every formula is enlarged by a relative 2^-40, which covers 8000 roundings.
 """
@@ -34,13 +42,15 @@ from torch import Tensor
 
 from lipcert.bounds.core import BoundError
 from lipcert.bounds.evaluation import evaluate
-from lipcert.bounds.graph import Graph, Node, given
+from lipcert.bounds.graph import BatchConstant, Graph, Node, given, leaves
 from lipcert.bounds.rounding import UNIT, enlarge, gamma
 from lipcert.bounds.values import Derivation, Step
 
 SLACK = 1.0 + 2.0**-40
 TINY = {"float64": 2.0**-1022, "float32": 2.0**-126}  # below it results may be flushed to zero
-LARGE = {"float64": 2.0**1000, "float32": 2.0**120}  # above it something may overflow
+LARGE = {"float64": 2.0**980, "float32": 2.0**100}  # above it something may overflow, such as a sum before a mean
+FLUSHED = {"float64": 2.0**-450, "float32": 2.0**-50}  # an operator norm: of what is lost with weights below TINY
+MANY = 2.0**20  # the root of more entries than a tensor has
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,7 @@ class Program:
         self.graph = graph
         self._steps, self._derivations, self._merged = tuple(steps), dict(derivations), tuple(merged)
         self._last = {name: node.name for node in graph.nodes for name in node.inputs}
+        self._constants = [_largest_constant(node) for node in graph.nodes]
 
     @property
     def derivations(self) -> Mapping[int, Derivation]:
@@ -116,10 +127,21 @@ class Program:
         found = self._parts(source, exact, fresh, zero)
         if precision == "float64" and radius == 0.0:
             return output, found
+        self._require_plain(precision)
         reach = self._reach(radius)
         largest = [norm + r + reach[i] for i, (norm, r) in enumerate(zip(norms, rough, strict=True))]
         exact, _, fresh = self._errors(precision, lambda i, passed: largest[i] + passed, zero, own=False)
         return output, found + self._parts(source, exact, fresh, zero)
+
+    def _require_plain(self, precision: str) -> None:
+        """Raise BoundError where the program, run in a precision, does something else than this list of operators."""
+        found = [place for kind, place in self.graph.departures if kind != precision]
+        if found:
+            raise BoundError(
+                f"nothing is proved about a {precision} program that {found[0]}"
+                f"{f' and {len(found) - 1} more' if len(found) > 1 else ''}: compute its weights beforehand, and leave "
+                "out casts"
+            )
 
     def _parts(
         self, source: str | None, exact: Mapping[int, Tensor], fresh: Sequence[Tensor], zero: Tensor
@@ -216,17 +238,27 @@ class Program:
     ) -> Tensor:  # fmt: skip
         """Return the error that operator `index` adds."""
         rounding = step.rounding if own else replace(step.rounding, blocks=1)
-        if rounding.own_only and not own:
+        tiny, entries = TINY[precision], math.prod(self.graph.nodes[index].shape)
+        never = rounding.operations * tiny > UNIT[precision]
+        if never or not own and (rounding.own_only or self._constants[index] > LARGE[precision]):
             return torch.full_like(passed, math.inf)
-        result = norm(index, passed)
+        largest = result = norm(index, passed)
         total = _gamma(rounding.output, precision) * result + rounding.absolute
         for (count, size), i, error in zip(rounding.inputs, step.inputs, known, strict=False):
-            total = total + _gamma(rounding.length(count), precision) * size * norm(i, error)
+            absolute = size * norm(i, error)
+            total = total + _gamma(rounding.length(count), precision) * absolute
+            largest = torch.maximum(largest, absolute)
         if rounding.constant[1]:
             total = total + _gamma(rounding.length(rounding.constant[0]), precision) * rounding.constant[1]
-        entries = math.prod(self.graph.nodes[index].shape)
-        total = total + rounding.operations * TINY[precision] * math.sqrt(entries)
-        return torch.where(result < LARGE[precision], total, math.inf) * SLACK
+        if rounding.operations:
+            for factor, i, error in zip(step.factors, step.inputs, known, strict=True):
+                total = total + FLUSHED[precision] * norm(i, error) + MANY * tiny * factor
+        if rounding.squares:
+            total = total + math.sqrt(rounding.squares * tiny * entries)
+            for i, error in zip(step.inputs, known, strict=True):
+                largest = torch.maximum(largest, norm(i, error).square())
+        total = total + rounding.operations * tiny * math.sqrt(entries)
+        return torch.where(largest < LARGE[precision], total, math.inf) * SLACK
 
     def _local(
         self, index: int, sources: tuple[int, ...], fresh: Sequence[Tensor],
@@ -265,6 +297,18 @@ def _combine(factors: Sequence[float], errors: Sequence[Tensor], joint: bool) ->
     if not joint or len(parts) == 1:
         return torch.stack(parts).sum(0) * SLACK if parts else torch.zeros(1, dtype=torch.float64)
     return torch.linalg.vector_norm(torch.stack(parts), dim=0) * SLACK
+
+
+def _largest_constant(node: Node) -> float:
+    """Return the largest finite absolute value among the numbers that an operator reads."""
+    found = [0.0]
+    for leaf in leaves(list(node.arguments.values())):
+        tensor = leaf.tensor if isinstance(leaf, BatchConstant) else leaf
+        if isinstance(tensor, float | int):
+            found.append(abs(float(tensor)))
+        elif isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
+            found.append(float(torch.where(tensor.isinf(), 0.0, tensor).abs().max()))
+    return max(value for value in found if not math.isinf(value))
 
 
 def _gamma(count: int, precision: str) -> float:

@@ -52,6 +52,7 @@ from lipcert.bounds.values import (
 
 Domain = tuple[float | Tensor, float | Tensor]  # a box: two numbers, or two tensors of the shape of one input
 ONCE = Rounding(output=1)
+EXACT_INTEGERS = 2**24  # that float32 holds
 KEPT = 4  # representations per value: the earliest two anchors and the latest two
 
 
@@ -286,8 +287,8 @@ class Context:
         total = 0.0
         for leaf in leaves(list(node.arguments.values())):
             tensor = leaf.tensor if isinstance(leaf, BatchConstant) else leaf
-            if isinstance(tensor, float):
-                tensor = torch.tensor(tensor, dtype=torch.float64)
+            if isinstance(tensor, float) or (isinstance(tensor, int) and abs(tensor) > EXACT_INTEGERS):
+                tensor = torch.tensor(float(tensor), dtype=torch.float64)
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
                 copies = math.prod(node.shape) / tensor.numel()
                 finite = torch.where(tensor.isinf(), 0.0, tensor)  # infinite bounds of a clamp are exact

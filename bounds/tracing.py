@@ -31,6 +31,7 @@ from lipcert.bounds.core import BoundError
 from lipcert.bounds.functional import (
     DROPOUT,
     SHAPE_ONLY,
+    autocasts,
     constant,
     functional,
     inlined,
@@ -54,6 +55,15 @@ _CUTS = (
     "unsafe_chunk",
     "unsafe_split",
     "unsafe_split_with_sizes",
+)
+# operators that compute nothing: what they make of weights is the same in every precision
+_MOVES = frozenset(
+    "view reshape _unsafe_view flatten unflatten transpose t permute numpy_T mT swapaxes movedim expand expand_as "
+    "unsqueeze squeeze slice select narrow index index_select gather cat stack chunk split split_with_sizes unbind "
+    "tensor_split clone contiguous alias detach detach_ lift_fresh_copy lift_fresh roll flip repeat tile "
+    "repeat_interleave diagonal tril triu neg abs relu maximum minimum constant_pad_nd pad masked_fill where copy fill "
+    "zeros ones full zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty empty arange "
+    "scalar_tensor eye slice_scatter select_scatter pixel_shuffle pixel_unshuffle dropout to _to_copy type_as".split()
 )
 _CASTS = ("aten.to.", "aten._to_copy.", "aten.type_as.", "aten.float.", "aten.double.")
 
@@ -152,6 +162,7 @@ class _Builder:
         self.symbol: Any = None
         self.input_shape = tuple(input_shape)
         self.names = weight_names(program)
+        self.departures: list[tuple[str, str]] = []
 
     def graph(self) -> Graph:
         signature = self.program.graph_signature
@@ -219,6 +230,7 @@ class _Builder:
             result: Any = self._fold(node, target, arguments)
         else:
             if str(target).startswith(_CASTS) and isinstance(value, Tensor) and value.is_floating_point():
+                self._note_cast(node, value.dtype)
                 target, arguments = torch.ops.aten.alias.default, {"self": data[0]}
             result = self._record(node, target, arguments)
         changed: Any = node
@@ -282,13 +294,30 @@ class _Builder:
             and isinstance(plain.get("self"), Tensor)
             and plain["self"].is_floating_point()
         ):
+            if node.meta["val"].is_floating_point():
+                self._note_cast(node, node.meta["val"].dtype)
             result = plain["self"] if node.meta["val"].is_floating_point() else call(target, plain)
         else:
             result = call(target, plain)
+            self._note_arithmetic(node, target, plain, result)
         if isinstance(result, Tensor):
             return self._batched(node, _upcast(result), node.meta["val"], arguments)
         pieces = zip(result, node.meta["val"], strict=True)
         return type(result)(self._batched(node, _upcast(piece), value, arguments) for piece, value in pieces)
+
+    def _note_cast(self, node: torch.fx.Node, dtype: torch.dtype) -> None:
+        """Remember a cast, which a program in another precision than its own obeys."""
+        kind = str(dtype).removeprefix("torch.")
+        if kind != "float64":  # more than is needed does no harm
+            self.departures.append((kind, f"casts to {kind} ({module_path(node)}, {source_line(node)})"))
+
+    def _note_arithmetic(self, node: torch.fx.Node, target: Any, arguments: Mapping[str, Any], result: Any) -> None:
+        """Remember that weights are computed from others, which rounds them more than once where the program does it.
+        """
+        read = any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves(list(arguments.values())))
+        made = any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves(result))
+        if read and made and str(target).split(".")[1].removesuffix("_") not in _MOVES:
+            self.departures.append(("", f"computes weights, {target} ({module_path(node)}, {source_line(node)})"))
 
     def _batched(self, node: torch.fx.Node, tensor: Tensor, value: Tensor, arguments: Mapping[str, Any]) -> Any:
         sizes = [self._size(size) for size in value.shape]
@@ -372,8 +401,9 @@ class _Builder:
                 "return (batch, ...)"
             )
         graph = Graph(
-            tuple(self.nodes.values()), results[0].name, MappingProxyType(self.weights), self.symbol is not None
-        )
+            tuple(self.nodes.values()), results[0].name, MappingProxyType(self.weights), self.symbol is not None,
+            (*self.departures, *autocasts(self.program.graph_module)),
+        )  # fmt: skip
         return pruned(lowered(graph))
 
 

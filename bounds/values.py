@@ -42,15 +42,18 @@ class Rounding:
     """Bound the error that one floating-point operator adds to the exact operator on its computed arguments, in l2.
 
     With γ of the precision: Σ_i γ_{n_i}·S_i·‖argument_i‖ + γ_output·‖result‖ + γ_n·‖constant‖ + absolute, plus what can
-    underflow (`operations` per output entry). Evaluated by `Program` itself, inner products are cut into `blocks`,
-    which shortens them. `own_only`: proved for that evaluation, not for torch's own kernel.
+    underflow (`operations` per output entry; more where a loss is divided by something small). S_i also bounds the sum
+    of the absolute values. `squares`: so many squares of the arguments are summed up for each output entry. Evaluated
+    by `Program` itself, inner products are cut into `blocks`, which shortens them. `own_only`: proved for that
+    evaluation, not for torch's own kernel.
     """
 
     inputs: tuple[tuple[int, float], ...] = ()
     output: int = 0
     constant: tuple[int, float] = (0, 0.0)
     absolute: float = 0.0
-    operations: int = 0
+    operations: float = 0
+    squares: int = 0
     own_only: bool = False
     blocks: int = 1
 

@@ -42,7 +42,8 @@ def batch_norm(node: Node, context: Context) -> Value:
     positions = sqrt_up(float(math.prod(x.shape) // x.shape[1]))
     shift = _norm(factor * mean) + (0.0 if bias is None else _norm(bias))  # kernels may fold the two into one constant
     constant = mul_up(enlarge(shift, x.shape[1] + 8), positions)
-    rounding = Rounding(((8, enlarge(largest, 8)),), output=2, constant=(8, constant), operations=4)
+    lost = 4.0 + 1.0 / float((variance + float(node["eps"])).min())  # by a variance or an ε that underflows
+    rounding = Rounding(((8, enlarge(largest, 8)),), output=2, constant=(8, constant), operations=lost)
     return scale(node, context, x, factor.reshape(shape), rounding, roundings=8)
 
 
@@ -90,7 +91,8 @@ def normalize(node: Node, context: Context) -> Value:
         return context.unbounded(node, [x], "normalisation with ε = 0 has no Lipschitz constant")
     slope = div_up(1.0, eps if node["kind"] in ("max", "sum") else math.nextafter(math.sqrt(eps), 0.0))
     label = "1/ε" if node["kind"] in ("max", "sum") else "1/√ε"
-    rounding = Rounding(output=count + 16, operations=count + 8)
+    power = 2 if node["kind"] in ("max", "sum") else 1
+    rounding = Rounding(output=count + 16, operations=_lost(count, eps**power), squares=count)
     return context.nonlinear(node, [x], Bound(slope, "upper", label), rounding=rounding)
 
 
@@ -110,7 +112,9 @@ def rms_norm(node: Node, context: Context) -> Value:
     largest = 1.0 if weight is None else float(weight.abs().max())
     slope = div_up(largest, math.nextafter(math.sqrt(eps), 0.0))
     count = math.prod(shape)
-    rounding = Rounding(output=count + 16, operations=count + 8)
+    lost = _lost(count, eps) * max(1.0, largest)
+    # without ε torch takes the unit roundoff of the type it runs in, so that a float32 program is another function
+    rounding = Rounding(output=count + 16, operations=lost, squares=count, own_only=node["eps"] is None)
     return context.nonlinear(node, [x], Bound(slope, "upper", "1/√ε"), rounding=rounding)
 
 
@@ -139,10 +143,21 @@ def _normalised(node: Node, context: Context, x: Value, shape: Sequence[int]) ->
         ((count + 3, slope),),
         output=count + 16,
         constant=(count + 16, constant),
-        operations=2 * count + 8,
+        operations=_lost(2 * count, eps) * max(1.0, largest),
+        squares=count,
         own_only=True,
     )
     return context.nonlinear(node, [x], Bound(slope, "upper", "1/√ε"), rounding=rounding)
+
+
+def _lost(count: int, floor: float) -> float:
+    """Return how often the smallest number a normalised row may be off because squares or ε underflow.
+
+    With s the sum of the squares, off by d, and ρ(s) = √(s + floor) or max(√s, √floor) or √s + √floor:
+    ‖x‖·|1/ρ(s) - 1/ρ(s + d)| ≤ d/floor, since √s·|√(s + d) - √s| ≤ d. Where floor < d all of it is lost, which a
+    program refuses as it does a small variance.
+    """
+    return (count + 8.0) * (1.0 + 1.0 / floor) if floor >= 2.0**-1000 else math.inf
 
 
 def _norm(tensor: Tensor) -> float:

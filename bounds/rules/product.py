@@ -138,7 +138,11 @@ def vector_norm(node: Node, context: Context) -> Value:
         factor = ONE
     else:
         raise BoundError(f"the {order}-norm has no rule ({node.place}); use an order of 1 or at least 2")
-    return context.nonlinear(node, [x], factor, rounding=Rounding(output=count + 8, operations=count))
+    rounding = Rounding(output=count + 8, operations=count, squares=count if order == 2.0 else 0)
+    if order not in (1.0, 2.0, math.inf):  # powers that underflow, or overflow in another precision
+        lost = sqrt_up(float(math.prod(node.shape))) * (count * 2.0**-1022) ** (1.0 / order) * (1.0 + 2.0**-40)
+        rounding = Rounding(output=count + 8 + 64, absolute=lost, operations=count, own_only=True)
+    return context.nonlinear(node, [x], factor, rounding=rounding)
 
 
 def distance_from_zero(found: Range) -> float:
