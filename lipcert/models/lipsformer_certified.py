@@ -28,6 +28,7 @@ from lipcert.bounds.attention import Rows, coefficients, column_sums
 from lipcert.errors import InputError
 from lipcert.layers import LiResConv, MaxMin, NormalizedLinear, ScaledCosineAttention, WindowMix
 from lipcert.layers.power import Segment
+from lipcert.layers.windows import Size
 from lipcert.models.network import PartNetwork
 from lipcert.models.parts import Affine, LinearShiftBlock, Part, ShiftMix
 from lipcert.models.shiftvit import Activation, Center, fitting_patch, patch_convolution
@@ -55,19 +56,20 @@ class AttentionBlock(Part):
     Estimate: `(1 - a) + a L` ("convex") or `1 + |a| L` ("weighted") with L the attention's `estimate`.
 
     Args:
-        window: side of the windows; it must divide the map.
+        window: side of the windows, or their height and width; they must divide the map.
         start: a before training.
         orthogonal: projections of norm at most 1 by construction; else they are free, and the loss has to hold them.
     """
 
     def __init__(
-        self, in_shape: tuple[int, int, int], *, heads: int, window: int, shift: bool, tau: float, eps: float,
+        self, in_shape: tuple[int, int, int], *, heads: int, window: int | Size, shift: bool, tau: float, eps: float,
         residual: str, start: float,
         orthogonal: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         dim, height, width = in_shape
-        if height % window or width % window:
+        size = (window, window) if isinstance(window, int) else window
+        if height % size[0] or width % size[1]:
             raise InputError(f"windows of {window} do not divide a map of {height}x{width}; choose another window_size")
         if dim % heads:
             raise InputError(f"{heads} heads do not divide {dim} channels; choose another num_heads or embed_dim")
@@ -75,10 +77,9 @@ class AttentionBlock(Part):
             raise InputError(f"residual must be convex or weighted, not {residual!r}")
         if not 0 < start < 1:
             raise InputError(f"the weight of the attention must start in (0, 1), not at {start}")
-        self.dim, self.tokens, self.residual = dim, window * window, residual
+        self.dim, self.tokens, self.residual = dim, size[0] * size[1], residual
         attention = ScaledCosineAttention(
-            dim, heads, tau=tau, nu=unit_nu(self.tokens, tau, eps), eps=eps, orthogonal=orthogonal,
-            window=(window, window),
+            dim, heads, tau=tau, nu=unit_nu(self.tokens, tau, eps), eps=eps, orthogonal=orthogonal, window=size,
         )  # fmt: skip
         if not orthogonal:  # the start is the same
             for third in (*attention.qkv.weight.detach().chunk(3), attention.proj.weight):
@@ -86,7 +87,7 @@ class AttentionBlock(Part):
         for linear in (attention.qkv, attention.proj):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
-        self.mix = WindowMix(attention, (window, window), shift=shift, masked=False)
+        self.mix = WindowMix(attention, size, shift=shift, masked=False)
         self.attention = attention
         self.weight = nn.Parameter(torch.tensor(math.log(start / (1 - start)) if residual == "convex" else start))
 
