@@ -24,6 +24,7 @@ PROGRAM = "program.safetensors"
 SCENES = "scenes.tsv"  # the rows of a certificate of segmentation, which has a certificate.json too
 _STATEMENTS = {
     "float64": "the network, evaluated in real arithmetic,",
+    "float64 program": "the program, run in float64,",
     "float32": "the network, evaluated in float32 without TF32 or lower precision,",
 }
 

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
     from lipcert.bounds.program import Errors
 
 RADII = (36 / 255, 72 / 255, 108 / 255, 1.0)
-PRECISIONS = ("float64", "float32")
+# What a certificate can be about, and the arithmetic of the program, None for real arithmetic.
+PRECISIONS: dict[str, str | None] = {"float64": None, "float64 program": "float64", "float32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,11 @@ class Row:
 
 
 def radii_from_margins(
-    logits: Tensor, error: Tensor, pairwise: Tensor, *, largest: float = math.inf,
+    logits: Tensor,
+    error: Tensor,
+    pairwise: Tensor,
+    *,
+    largest: float = math.inf,
     parts: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
     """Return (predict, radius, margin) of each image, the radius rounded down.
@@ -124,6 +129,7 @@ def rows_of_batches(
     """
     if precision not in PRECISIONS:
         raise InputError(f"unknown precision {precision!r}; certificates are about {' or '.join(PRECISIONS)}")
+    arithmetic = PRECISIONS[precision]
     require_finite(audit)
     pairwise = audit.pairwise() if pairwise is None else pairwise
     distances = None if audit.head is None else audit.head.distances()
@@ -134,12 +140,12 @@ def rows_of_batches(
         with exact():
             logits, errors = audit.evaluate(images.double())
             predict, radius, margin = _radii(logits, errors, pairwise, distances, largest)
-            if precision == "float32":
-                # What the float32 program may be off grows with the distance from the image. Taken at the radius that
-                # holds in real arithmetic, it bounds the error in every smaller ball, and the radius of the float32
-                # program is smaller: so one step is a proof.
-                reach = float(radius.max(initial=0.0))
-                logits, errors = audit.evaluate(images.double(), precision="float32", radius=reach)
+            if arithmetic is not None:
+                # What the program may be off grows with the distance from the image. Taken at the radius that holds in
+                # real arithmetic, it bounds the error in every smaller ball, and the radius of the program is smaller:
+                # so one step is a proof. The smallest positive reach asks for the program where nothing holds.
+                reach = max(float(radius.max(initial=0.0)), 2.0**-1022)
+                logits, errors = audit.evaluate(images.double(), precision=arithmetic, radius=reach)
                 predict, radius, margin = _radii(logits, errors, pairwise, distances, largest)
         if int(labels.max()) >= len(pairwise):
             raise InputError(f"there is a label {int(labels.max())}, but the network has {len(pairwise)} classes")
@@ -165,6 +171,11 @@ def image_sha256(image: NDArray[Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(image, dtype="<f8").tobytes()).hexdigest()
 
 
+def labels_sha256(labels: NDArray[Any]) -> str:
+    """Return the SHA-256 of a map of labels (h, w) as little-endian int64, row by row."""
+    return hashlib.sha256(np.ascontiguousarray(labels, dtype="<i8").tobytes()).hexdigest()
+
+
 def certify(
     model: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor]],
@@ -178,11 +189,12 @@ def certify(
 
     Returns one row per image with the columns of `Row`; `rows.attrs["summary"]` is what `summarise` says at `radii`.
     Within its radius no input changes the prediction: with "float64", of the network in real arithmetic; with
-    "float32", of the float32 program as it is deployed. An `audit` that was made before saves the proof of the bound;
-    otherwise the model is exported and audited here, for inputs like those of the first batch.
+    "float64 program" and "float32", of the program that runs in this precision, at each of these inputs
+    (docs/soundness.md). An `audit` that was made before saves the proof of the bound; otherwise the model is exported
+    and audited here, for inputs like those of the first batch.
 
     Raises InputError for images outside the domain or of another shape, and for a network without a finite bound;
-    lipcert.bounds.BoundError for a network that cannot be bounded at all.
+    lipcert.bounds.BoundError for a network that cannot be bounded at all, or a program that is not its operators.
     """
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     batches: Iterator[tuple[Tensor, Tensor]] = ((images.to(device), labels) for images, labels in loader)

@@ -30,6 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from lipcert.bounds.rounding import gamma, sqrt_up
+from lipcert.certify import PRECISIONS
 from lipcert.data.scenes import IGNORE as IGNORE
 from lipcert.errors import InputError
 from lipcert.flips import Floats, down, most_flips
@@ -257,7 +258,10 @@ def evaluate_scenes(
     require_finite(audit)
     if not eps:
         raise InputError("there is no eps to certify; give at least one")
-    radius = max(eps) if precision == "float32" else 0.0
+    if precision not in PRECISIONS:
+        raise InputError(f"unknown precision {precision!r}; certificates are about {' or '.join(PRECISIONS)}")
+    arithmetic = PRECISIONS[precision]
+    radius = 0.0 if arithmetic is None else max(eps)
     low, high = audit.domain
     for images, labels in batches:
         if tuple(images.shape[1:]) != tuple(audit.input_shape) or audit.box is not None:
@@ -265,7 +269,7 @@ def evaluate_scenes(
         if not ((images >= low) & (images <= high)).all():
             raise InputError(f"the bound holds for inputs in [{low}, {high}], and some lie outside; scale them")
         with exact():
-            logits, errors = audit.program.evaluate(images.double(), precision=precision, radius=radius)
+            logits, errors = audit.program.evaluate(images.double(), precision=arithmetic or "float64", radius=radius)
         yield from zip(logits.cpu().numpy(), labels.cpu().numpy(), errors.tolist(), strict=True)
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Examples:
   lipcert certify runs/digits
   lipcert certify runs/cifar10 --limit 1000 --radii 36/255,72/255,108/255
+  lipcert certify runs/cifar10 --deployed float64 -o runs/cifar10-float64
   lipcert certify runs/cifar10 --deployed float32 -o runs/cifar10-float32
   lipcert certify path/to/file.py:factory --data folder:photos -o certified
 
@@ -37,7 +38,10 @@ Certified accuracy at r is the share of all images that are classified rightly a
     help="Radii of the table, in l2.  [default: 36/255,72/255,108/255,1; for segmentation: 0.1,0.25,0.5,1]",
 )
 @click.option(
-    "--deployed", type=click.Choice(["float32"]), help="Certify the float32 program instead of exact arithmetic."
+    "--deployed",
+    type=click.Choice(["float64", "float32"]),
+    help="Certify the program that runs in this precision, rounding errors in the whole ball included, instead of the "
+    "network in real arithmetic.",
 )
 def command(
     *,
@@ -58,11 +62,18 @@ def command(
     """
     from lipcert.cli.scenes import is_segmentation
 
+    # "float64" alone has always been real arithmetic, evaluated in float64; readers of certificates rely on it
+    precision = {None: "float64", "float64": "float64 program", "float32": "float32"}[deployed]
     if is_segmentation(options["model"], options["data"]):
         from lipcert.cli.certify_scenes import certify_scenes
 
         certify_scenes(
-            radii=radii, deployed=deployed, resume=resume, batch_size=batch_size, json_file=json_file, **options
+            radii=radii,
+            deployed=deployed and precision,
+            resume=resume,
+            batch_size=batch_size,
+            json_file=json_file,
+            **options,
         )
         return
     from lipcert.certificate import CERTIFICATE, PROGRAM, ROWS, SUMMARY, begin, read
@@ -70,7 +81,7 @@ def command(
 
     subject = load_subject(**options)
     start = time.perf_counter()
-    audit, proof, certificate = _prove(subject, deployed or "float64")
+    audit, proof, certificate = _prove(subject, precision)
     first = begin(subject.folder, certificate, batch_size=batch_size, resume=resume, tensors=proof.file)
     if first == certificate.n:
         note(f"{subject.folder / ROWS} holds these certificates already; nothing was computed")
@@ -154,5 +165,6 @@ def _text(subject: Subject, summary: dict[str, Any]) -> str:
     accuracies = [("clean", f"{summary['clean']:.2%}")]
     accuracies += [(f"l2 {radius}", f"{share:.2%}") for radius, share in summary["certified"].items()]
     what = f"{subject.name} on {summary['n']} images of {subject.dataset.name} {subject.dataset.split}"
-    bound = f"Lipschitz bound {summary['upper']:.6g}, certified for {summary['precision']}"
+    about = {"float64": "real arithmetic"}.get(summary["precision"], f"the {summary['precision'].split()[0]} program")
+    bound = f"Lipschitz bound {summary['upper']:.6g}, certified for {about}"
     return f"{what}, {bound}\n\n{table(accuracies, ('', 'accuracy'))}\n\nmean certified radius {summary['acr']:.4f}"
