@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lipcert.errors import InputError
 from lipcert.files import read_json, write_bytes, write_json, write_text
 from lipcert.registry import create_model
 
+LARGEST, LARGEST_IN_LIST = 2**20, 2**12  # numbers in the arguments of a model: widths, sizes; depths, widths of stages
 REQUIRED = ("model", "num_classes", "img_size", "in_chans")
 
 
@@ -41,24 +43,38 @@ def load_model(folder: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     infinities.
     """
     folder = model_folder(folder)
-    config = read_json(folder / "config.json")
-    missing = [key for key in REQUIRED if key not in config]
-    if missing:
-        raise InputError(f"{folder / 'config.json'} lacks {', '.join(missing)}; it was not written by `lipcert train`")
+    path = folder / "config.json"
+    config = _read_config(path)
+    arguments = {key: config[key] for key in REQUIRED[1:]} | config.get("kwargs", {})
     try:
-        model = create_model(
-            config["model"],
-            num_classes=config["num_classes"],
-            img_size=config["img_size"],
-            in_chans=config["in_chans"],
-            **config.get("kwargs", {}),
-        )
-    except TypeError as error:
-        raise InputError(
-            f"{folder / 'config.json'}: model {config['model']!r} does not take these arguments: {error}"
-        ) from error
+        # First without memory: what a damaged file asks for may be larger than the machine, and its weights are not.
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # weights are not copied there, only compared
+            load_weights(create_model(config["model"], **arguments), folder / "model.safetensors")
+        model = create_model(config["model"], **arguments)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a model trips over that is given the wrong things
+        raise InputError(f"{path}: model {config['model']!r} does not take these arguments: {error}") from error
     load_weights(model, folder / "model.safetensors")
     return model.eval(), config
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_json(path)
+    if not isinstance(config, dict) or not isinstance(config.get("kwargs", {}), dict):
+        raise InputError(f"{path} does not describe a model; it was not written by `lipcert train`")
+    missing = [key for key in REQUIRED if key not in config]
+    if missing:
+        raise InputError(f"{path} lacks {', '.join(missing)}; it was not written by `lipcert train`")
+    if not isinstance(config["model"], str):
+        raise InputError(f"{path}: the model is named by a text, not by {str(config['model'])[:40]}")
+    values = [value for value in config.get("kwargs", {}).values() if not isinstance(value, list)]
+    inner = [item for value in config.get("kwargs", {}).values() if isinstance(value, list) for item in value]
+    for number, most in [*((value, LARGEST) for value in values), *((item, LARGEST_IN_LIST) for item in inner)]:
+        if isinstance(number, int) and abs(number) > most:
+            raise InputError(f"{path}: {number:.6g} is no size of a model; the file is damaged")
+    return config
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

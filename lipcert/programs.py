@@ -86,7 +86,10 @@ class ProgramNetwork(nn.Module):
 
 def load_program(path: Path) -> torch.export.ExportedProgram:
     """Read a `.pt2` file that `torch.export.save` wrote; InputError names what is damaged or not plain data."""
-    archive = _sanitised(path)
+    try:
+        archive = _sanitised(path)
+    except (AttributeError, TypeError, KeyError, IndexError, RecursionError) as error:  # JSON of another form
+        raise InputError(f"{path} is not an exported program: its description is damaged ({error})") from error
     try:
         with quiet("torch.export"):
             program = torch.export.load(io.BytesIO(archive))
@@ -125,6 +128,9 @@ def _sanitised(path: Path) -> bytes:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+            size = sum(entry.file_size for entry in archive.infolist())
+            if size > path.stat().st_size:
+                raise InputError(f"{path} holds {size} bytes, more than it is long; programs are stored uncompressed")
             root = names[0].split("/")[0] + "/" if names else ""
             entries = {name.removeprefix(root): archive.read(name) for name in names}
             if len(entries) != len(names):

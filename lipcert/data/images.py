@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from lipcert.errors import InputError
 
 _CUT_FROM = 128  # pixels
+_LONGEST = 100  # times the shorter side
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,16 @@ class ImageFiles(Dataset[Tensor]):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:
+        file = self.files[index]
         try:
-            with Image.open(self.files[index]) as opened:
+            with Image.open(file) as opened:
+                if max(opened.size) > _LONGEST * min(opened.size):  # enlarged, it would not fit into memory
+                    raise InputError(f"{file} has {opened.width} x {opened.height} pixels, a stripe; replace it")
                 image = opened.convert("RGB")
-        except OSError as error:
-            raise InputError(f"{self.files[index]} is not a readable image ({error}); replace it") from error
+        except InputError:
+            raise
+        except Exception as error:  # Pillow raises whatever its decoders trip over
+            raise InputError(f"{file} is not a readable image ({error}); replace it") from error
         if not self.whole:
             image = _scale_and_cut(image, self.size)
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)

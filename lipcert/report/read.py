@@ -231,7 +231,10 @@ def _numbers(path: Path, entry: dict[str, Any], *keys: str, where: str = "") -> 
             value = float(value)
         if isinstance(value, bool) or not (value is None or isinstance(value, (int, float))):
             raise InputError(f"{path}, key '{where}{key}': {value!r} is not a number; the file is damaged")
-        entry[key] = None if value is None or math.isnan(value) else float(value)
+        try:
+            entry[key] = None if value is None or math.isnan(value) else float(value)
+        except OverflowError:
+            raise InputError(f"{path}, key '{where}{key}': the number is above all floats") from None
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -253,6 +256,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = yaml.safe_load(read_text(path))
+    except RecursionError as error:
+        raise InputError(f"{path} is nested too deeply; the file is damaged") from error
+    except (ValueError, OverflowError) as error:  # a date that does not exist
+        raise InputError(f"{path} is not YAML: {error}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
