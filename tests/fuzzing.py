@@ -5,7 +5,7 @@ entries of a zip archive, the header of a safetensors file) and reads them. Allo
 and Finding, which are what the command line turns into the exit codes 0, 2 and 3. Anything else, more than `SECONDS` of
 processor time, or an allocation beyond the limit is a failure. A case that fails is reproduced by its reader and seed:
 
-    python tests/fuzzing.py --reader run --first 123 --count 1 --keep /tmp/case
+    python tests/fuzzing.py --reader run --seed 123 --keep /tmp/case
     python tests/fuzzing.py --seconds 3600
 """
 
@@ -42,8 +42,8 @@ ALLOWED = (InputError, BoundError, Finding)
 
 NASTY: tuple[Any, ...] = (
     None, True, -1, 0, 1, 2**31, 2**53 + 1, 2**63, -(2**63) - 1, 10**30, 10**400, 1e308, -0.0, float("nan"),
-    float("inf"), "", "nan", "inf", "1e999", "../../etc/passwd", "/etc/passwd", "\0", "💥" * 50, "x" * 100_000, [], {}, [[]], [None],
-    {"": {}}, [0] * 1000, ["a", 1, None], "__import__('os')", "float64", "aten.relu.default",
+    float("inf"), "", "nan", "inf", "1e999", "../../etc/passwd", "/etc/passwd", "\0", "💥" * 50, "x" * 100_000, [], {},
+    [[]], [None], {"": {}}, [0] * 1000, ["a", 1, None], "__import__('os')", "float64", "aten.relu.default",
 )  # fmt: skip
 DEEP = '["deep"]'  # replaced by 100 000 brackets: json.dumps itself could not write them
 
@@ -195,11 +195,15 @@ def _zip(data: bytes, rng: random.Random) -> bytes:
 
 @dataclass(frozen=True)
 class Reader:
-    """Make valid files in a folder, and read them; `files` are those to be damaged, as glob patterns."""
+    """Make valid files in a folder, and read them; `files` are those to be damaged, as glob patterns.
+
+    `often` is how many cases of a reader make about the work of the slowest.
+    """
 
     make: Callable[[Path], None]
     read: Callable[[Path], object]
     files: tuple[str, ...]
+    often: int = 1
 
 
 def _network() -> torch.nn.Module:
@@ -247,18 +251,30 @@ def _read_run(folder: Path) -> None:
     from lipcert.checkpoint import load_model, load_state
     from lipcert.config import load_config
 
+    errors = []
     for read in (lambda: load_model(folder), lambda: load_config(folder / "config.yaml"),
                  lambda: load_state(folder / "state.pt")):  # fmt: skip
-        with contextlib.suppress(*ALLOWED):
+        try:
             read()
+        except ALLOWED as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def _read_results(folder: Path) -> None:
     from lipcert import certificate
-    from lipcert.report import page, read
+    from lipcert.report import read, tables
 
     with contextlib.suppress(*ALLOWED):
         certificate.read(folder)
+    runs = read.read_all([folder])
+    tables.curves(runs), tables.attacks(runs)
+
+
+def _build_page(folder: Path) -> None:
+    from lipcert.report import page, read
+
     page.build(read.read_all([folder]))
 
 
@@ -333,17 +349,18 @@ def _read_images(folder: Path) -> None:
         assert bool(((images >= 0) & (images <= 1)).all())
 
 
+RESULTS = (
+    "*.tsv", "*.csv", "certificate.json", "summary.json", "bound.json", "attacks.json", "env.json", "config.yaml",
+)  # fmt: skip
 READERS = {
-    "run": Reader(_make_run, _read_run, ("model/config.json", "model/model.safetensors", "config.yaml", "state.pt")),
-    "report": Reader(
-        _make_results, _read_results,
-        ("*.tsv", "*.csv", "certificate.json", "summary.json", "bound.json", "attacks.json", "env.json", "config.yaml"),
-    ),
-    "checker": Reader(_make_results, _verify, ("certificate.json", "program.safetensors", "certificates.tsv")),
-    "pair": Reader(_make_pair, _read_pair, ("pair.safetensors",)),
-    "pt2": Reader(_make_program, _read_program, ("program.pt2",)),
-    "onnx": Reader(_make_onnx, _read_onnx, ("network.onnx",)),
-    "images": Reader(_make_images, _read_images, ("photos/test/*/*",)),
+    "run": Reader(_make_run, _read_run, ("model/config.json", "model/model.safetensors", "config.yaml", "state.pt"), 8),
+    "report": Reader(_make_results, _read_results, RESULTS, 16),
+    "page": Reader(_make_results, _build_page, RESULTS),
+    "checker": Reader(_make_results, _verify, ("certificate.json", "program.safetensors", "certificates.tsv"), 16),
+    "pair": Reader(_make_pair, _read_pair, ("pair.safetensors",), 32),
+    "pt2": Reader(_make_program, _read_program, ("program.pt2",), 8),
+    "onnx": Reader(_make_onnx, _read_onnx, ("network.onnx",), 16),
+    "images": Reader(_make_images, _read_images, ("photos/test/*/*",), 16),
 }  # fmt: skip
 
 
@@ -405,9 +422,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reader", choices=READERS, action="append", help="default: all, in turn")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--count", type=int, default=10**9, help="cases of each reader")
+    parser.add_argument("--count", type=int, default=10**9, help="rounds; in one a fast reader has several cases")
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--keep", type=Path, help="a folder that keeps the files of the last case")
+    parser.add_argument("--seed", type=int, help="only this case of one reader")
     options = parser.parse_args()
     readers, begun = options.reader or list(READERS), time.time()
     found: dict[str, collections.Counter[str]] = {name: collections.Counter() for name in readers}
@@ -417,8 +435,11 @@ def main() -> int:
         for name in readers:
             sources[name] = valid(name, Path(tempfile.mkdtemp(dir=base)))
         _limit_memory()
-        for seed in range(options.first, options.first + options.count):
-            for name in readers:
+        for number in range(options.first, options.first + options.count):
+            cases = [(n, number * READERS[n].often + k) for n in readers for k in range(READERS[n].often)]
+            if options.seed is not None:
+                cases, options.seconds = [(readers[0], options.seed)], 0.0
+            for name, seed in cases:
                 result = case(name, seed, sources[name], options.keep or Path(base) / "case")
                 found[name][result.split(":")[0]] += 1
                 if result.startswith("failed"):
@@ -430,7 +451,7 @@ def main() -> int:
                 break
     for name, counts in found.items():
         print(f"{name:8} {sum(counts.values()):6} cases: " + ", ".join(f"{n} {k}" for k, n in counts.most_common()))
-    print(f"seeds {options.first} to {seed}, {len(distinct)} different failures, {time.time() - begun:.0f} s")
+    print(f"rounds {options.first} to {number}, {len(distinct)} different failures, {time.time() - begun:.0f} s")
     return 1 if distinct else 0
 
 
