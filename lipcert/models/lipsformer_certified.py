@@ -118,7 +118,8 @@ def unit_nu(tokens: int, tau: float, eps: float) -> float:
     0.1787
     """
     row = Rows(1.0, 1.0)
-    return math.sqrt(eps) / sum(coefficients(row, row, row, tau, column_sums(2 * tau, None, tokens, tokens)))
+    with torch.device("cpu"):  # a number, also where a network is built without memory
+        return math.sqrt(eps) / sum(coefficients(row, row, row, tau, column_sums(2 * tau, None, tokens, tokens)))
 
 
 class ChannelMix(Part):

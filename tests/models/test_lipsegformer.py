@@ -4,6 +4,7 @@ for."""
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from lipcert.attacks.ascent import lipschitz_lower
 from lipcert.bounds import audit
+from lipcert.checkpoint import load_model, save_model
 from lipcert.errors import InputError
 from lipcert.export import export
 from lipcert.models.lipsegformer import DECODERS, LipSegFormer, lipsegformer
@@ -21,6 +23,7 @@ from lipcert.models.lipsformer_certified import AttentionBlock
 from lipcert.models.mix_ffn import LipschitzMixFFN
 from lipcert.models.parts import Affine, LinearShiftBlock
 from lipcert.models.reduced_attention import ReducedAttentionBlock
+from lipcert.registry import create_model
 
 
 def small(decoder: str = "split", depths=(2, 1, 1), noise=0.05, **arguments) -> LipSegFormer:
@@ -171,3 +174,24 @@ def test_what_does_not_fit_is_refused(change: dict, match: str) -> None:
     arguments = dict(num_classes=3, img_size=32, in_chans=3, embed_dim=12, depths=(1, 1, 1))
     with pytest.raises(InputError, match=match):
         lipsegformer(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("options", ATTENDING, ids=["window", "mixed"])
+def test_registered_models_take_mixers_and_decoders_and_come_back_from_files(
+    decoder: str, options: dict, tmp_path: Path
+) -> None:
+    """As a recipe's JSON has them: tuples become lists."""
+    sizes = dict(num_classes=3, img_size=32, in_chans=3)
+    kwargs = dict(height=16, embed_dim=12, depths=[1, 1, 1], num_heads=2, decoder=decoder, decoder_dim=12, **options)
+    torch.manual_seed(0)
+    model = create_model("lipsegformer_tiny", **sizes, **kwargs).eval()
+    save_model(model, tmp_path / "model", dict(model="lipsegformer_tiny", kwargs=kwargs, data="camvid", **sizes))
+    x = torch.rand(2, 3, 16, 32)
+    with torch.no_grad():
+        expected = model(x)
+        assert expected.shape == (2, 3, 4, 8)
+        torch.testing.assert_close(load_model(tmp_path)[0](x), expected, rtol=0, atol=0)
+        torch.testing.assert_close(export(model)(x.double()).float(), expected, rtol=1e-4, atol=1e-5)
+    with torch.device("meta"):
+        create_model("lipsegformer_tiny", **sizes, **kwargs)
