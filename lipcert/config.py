@@ -31,6 +31,9 @@ class TrainConfig:
     img_size: int | None = None  # None: the size of the data
     val_fraction: float | None = None  # None: the default of the data
     augment: str = "default"
+    mixup: float = 0.0  # α of the Beta distribution that the share of two mixed images comes from; 0 mixes none
+    cutmix: float = 0.0  # the same, for rectangles of one image in another; with both, each batch draws one
+    label_smoothing: float = 0.0  # share of each label that is spread over all classes
     epochs: int = 20
     batch_size: int = 128  # over all processes
     optimizer: str = "adamw"
@@ -65,7 +68,7 @@ class TrainConfig:
         for name in ("lr", "eps", "head_lr"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 problems.append(f"{name} must be positive and finite, not {getattr(self, name)}")
-        for name in ("weight_decay", "clip", "eps_start", "eps_end"):
+        for name in ("weight_decay", "clip", "eps_start", "eps_end", "mixup", "cutmix"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 problems.append(f"{name} must be finite and not negative, not {getattr(self, name)}")
         for name in ("warmup", "eps_ramp"):
@@ -73,6 +76,11 @@ class TrainConfig:
                 problems.append(f"{name} is a share of the steps, in [0, 1], not {getattr(self, name)}")
         if not 0 <= self.ema < 1:
             problems.append(f"ema is a decay in [0, 1), not {self.ema}")
+        if not 0 <= self.label_smoothing < 1:
+            problems.append(f"label_smoothing is a share of a label, in [0, 1), not {self.label_smoothing}")
+        soft = [name for name in ("mixup", "cutmix", "label_smoothing") if getattr(self, name)]
+        if soft and self.loss != "cross_entropy":
+            problems.append(f"{' and '.join(soft)} need loss cross_entropy: the margins of {self.loss} have one label")
         if problems:
             raise InputError("; ".join(problems))
 
@@ -131,7 +139,7 @@ def _read(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text())
     except OSError as error:
         raise InputError(f"cannot read the configuration {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # also no UTF-8, and dates that do not exist
         raise InputError(f"{path} is not a YAML file") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold `key: value` lines")
@@ -148,7 +156,7 @@ def _typed(values: Mapping[str, Any]) -> dict[str, Any]:
             continue
         try:
             typed[key] = _convert(value, hints[key])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             problems.append(f"{key}: {value!r} is not {_describe(hints[key])}")
     if problems:
         raise InputError("configuration: " + "; ".join(problems))

@@ -16,7 +16,10 @@ from lipcert.registry import losses
 
 @losses.register()
 def cross_entropy(logits: Tensor, labels: Tensor, pairwise: Tensor, eps: float) -> Tensor:
-    """Plain cross-entropy: for networks without a Lipschitz estimate. Uses neither `pairwise` nor `eps`."""
+    """Plain cross-entropy: for networks without a Lipschitz estimate. Uses neither `pairwise` nor `eps`.
+
+    Alone of the losses it also takes labels that are shares of classes, (n, K).
+    """
     return F.cross_entropy(logits, labels)
 
 

@@ -27,6 +27,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from lipcert.bounds import audit
 from lipcert.checkpoint import load_state, save_model, save_state
 from lipcert.config import TrainConfig, to_yaml
+from lipcert.data.batches import seed_of
+from lipcert.data.mixing import Mix, dominant, smooth
 from lipcert.errors import InputError
 from lipcert.export import export
 from lipcert.files import require_writable, write_json, write_text
@@ -57,6 +59,7 @@ METRICS = (
 )
 SAVE_EVERY = 60.0  # seconds between two states inside an epoch
 VALIDATION_ITERATIONS = 50  # power iterations before a validation
+MIXING = 0  # tells the seeds of mixed images from those of other draws for the same batch
 
 
 class Diverged(RuntimeError):
@@ -126,6 +129,8 @@ class _Training:
         self.task = task_of(config)
         self.loss = losses.get(config.loss)
         self.task.check_augmentation(config.augment)  # a wrong name is found before anything is written
+        if self.task.name == "segmentation" and (config.mixup or config.cutmix):
+            raise InputError("mixup and cutmix need one label an image; leave them out for segmentation")
         self.train_set, self.val_set = (
             self.task.load(config, data_root, split, download, device) for split in ("train", "val")
         )
@@ -133,6 +138,7 @@ class _Training:
         if self.steps_per_epoch == 0:
             raise InputError(f"batch_size {config.batch_size} is larger than the {len(self.train_set)} training images")
         self.steps = self.steps_per_epoch * config.epochs
+        self.mix = Mix(config.mixup, config.cutmix, self.train_set.num_classes)
 
         seed_everything(config.seed)  # the same on all ranks: equal weights
         self.recipe = {
@@ -232,10 +238,12 @@ class _Training:
         step = self.epoch * self.steps_per_epoch + self.batch
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = self.config.lr * parameters["factor"] * schedule(step, self.steps, self.config)
+        images, labels = self.mix(images, labels, seed_of(self.config.seed, self.epoch, self.batch, MIXING))
         with self._autocast():
             logits, pairwise = self.network(images, self.config.power_iterations)
         logits, labels = self.task.rows(logits.float(), labels)
-        loss = self.loss(logits, labels, pairwise, self._eps(step))
+        targets = smooth(labels, logits.shape[1], self.config.label_smoothing)
+        loss = self.loss(logits, targets, pairwise, self._eps(step))
         if not bool(torch.isfinite(loss)):  # under torchrun the other ranks are ended with this one
             raise Diverged(
                 f"the loss is {loss.item()} at step {step} (epoch {self.epoch + 1}); the last good checkpoint is kept "
@@ -250,7 +258,7 @@ class _Training:
             self.average.update_parameters(self.model)
         count = len(labels)
         self.sums[0] += loss.item() * count
-        self.sums[1] += (logits.detach().argmax(1) == labels).sum().item()
+        self.sums[1] += (logits.detach().argmax(1) == dominant(labels)).sum().item()
         self.sums[2] += count
 
     def _row(self, rate: float) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 
 import lipcert.train
 from lipcert.checkpoint import load_model
-from lipcert.config import TrainConfig, to_yaml
+from lipcert.config import TrainConfig, load_config, to_yaml
 from lipcert.errors import InputError
 from lipcert.train import METRICS, Diverged, train
 
@@ -30,6 +30,7 @@ TINY: dict[str, Any] = dict(
     batch_size=64,
     lr=5e-3,
 )
+LAUNCH_TWO = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lipcert"]
 
 
 class Killed(Exception):
@@ -74,7 +75,12 @@ def test_training_learns_and_leaves_a_run_folder(tmp_path: Path) -> None:
     assert {"config.yaml", "env.json", "metrics.csv", "model", "state.pt"} <= names
 
 
-@pytest.mark.parametrize("changes", [{}, {"ema": 0.9, "optimizer": "nadam"}], ids=["plain", "average"])
+SOFT: dict[str, Any] = dict(loss="cross_entropy", mixup=0.8, cutmix=1.0, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"ema": 0.9, "optimizer": "nadam"}, SOFT], ids=["plain", "average", "mixed images"]
+)
 @pytest.mark.parametrize("batches", [0, 7, 19, 30])
 def test_a_run_killed_anywhere_resumes_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches: int, changes: dict[str, Any]
@@ -121,9 +127,12 @@ def test_two_processes_train_like_one(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(to_yaml(TrainConfig(**{**TINY, "epochs": 1})))
     arguments = ["-m", "lipcert", "train", str(tmp_path / "config.yaml"), "--device", "cpu", "-o"]
     root, environment = Path(__file__).parents[1], {**os.environ, "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launch, *arguments, str(tmp_path / "two")], cwd=root, env=environment, capture_output=True, text=True
+        [sys.executable, "-m", *LAUNCH_TWO, *arguments[2:], str(tmp_path / "two")],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     train(TrainConfig(**{**TINY, "epochs": 1}), tmp_path / "one", device="cpu")
@@ -188,6 +197,60 @@ def test_bfloat16_trains(tmp_path: Path) -> None:
     assert row["val_clean"] > 0.5
 
 
+def test_mixed_images_reach_the_loss_with_their_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, seen = lipcert.train.losses.get("cross_entropy"), []
+
+    def watched(logits, labels, pairwise, eps):
+        seen.append(labels)
+        return plain(logits, labels, pairwise, eps)
+
+    monkeypatch.setattr(lipcert.train.losses, "get", lambda name: watched)
+    row = train(TrainConfig(**{**TINY, **SOFT, "epochs": 6}), tmp_path / "run", device="cpu")
+    assert row["val_clean"] > 0.8
+    training = [labels for labels in seen if labels.is_floating_point()]
+    assert len(training) == 6 * 19 and len(seen) > len(training)  # validation has whole labels
+    for labels in training:
+        torch.testing.assert_close(labels.sum(1), torch.ones(64))
+        assert labels.min() == pytest.approx(0.01) and labels.max() <= 0.91 + 1e-6
+    assert any(labels.amax(1).mean() < 0.8 for labels in training)
+
+
+def digits_folder(root: Path) -> Path:
+    """Write scikit-learn's zeros and ones as JPEG files of several sizes, one folder a class."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for label in (0, 1):
+        (root / str(label)).mkdir(parents=True)
+        for number, pixels in enumerate(digits.images[digits.target == label][:80]):
+            image = Image.fromarray((pixels * 15.9).astype("uint8")).convert("RGB")
+            image.resize((40 + number % 3, 44), Image.Resampling.BICUBIC).save(root / str(label) / f"{number}.jpeg")
+    return root
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_recipe_for_imagenet_trains_on_a_folder(tmp_path: Path, world: int) -> None:
+    images = digits_folder(tmp_path / "images")
+    launch = [sys.executable, "-m", *(["lipcert"] if world == 1 else LAUNCH_TWO)]
+    small = dict(embed_dim=32, depths=[1, 1], num_heads=[2, 4], drop_path=0.1, mlp_ratio=2)
+    settings = [f"model_args.{key}={value}" for key, value in small.items()]
+    settings += ["img_size=32", "batch_size=16", "ema=0.5", "lr=4e-3"]
+    command = [*launch, "train", "--preset", "imagenet-lipsformer", "--data", f"folder:{images}", "--epochs", "8"]
+    command += [argument for setting in settings for argument in ("--set", setting)]
+    done = subprocess.run(
+        [*command, "--device", "cpu", "-o", str(tmp_path / "run")], cwd=Path(__file__).parents[1],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(tmp_path / "run" / "metrics.csv")
+    assert len(table) == 8 and table.lr.iloc[0] > table.lr.iloc[-1]
+    assert table.train_loss.iloc[-1] < table.train_loss.iloc[0] and table.val_clean.iloc[-1] > 0.5
+    assert table.lipschitz_upper.iloc[-1] > 0  # proved, and of no use: this network is made for accuracy
+    config = load_config(tmp_path / "run" / "config.yaml")
+    assert (config.precision, config.warmup, config.mixup, config.cutmix) == ("bfloat16", 0.0, 0.8, 1.0)
+
+
 def scenes_root(root: Path) -> Path:
     """Write CamVid's folders with images whose halves have classes 0 and 3, told by their brightness."""
     from PIL import Image
@@ -224,3 +287,6 @@ def test_one_label_a_pixel(model: str, tmp_path: Path) -> None:
     assert recipe["kwargs"]["height"] == 12 and recipe["img_size"] == 16 and recipe["num_classes"] == 11
     with pytest.raises(InputError, match="is for segmentation, and this is classification"):
         train(TrainConfig(model="lipshift_tiny", data="camvid"), tmp_path / "other", data_root=str(root))
+    with pytest.raises(InputError, match="one label an image"):
+        mixed = TrainConfig(model="segformer_b0", data="camvid", loss="cross_entropy", mixup=0.2)
+        train(mixed, tmp_path / "mixed", data_root=str(root))
