@@ -10,7 +10,8 @@ use:
   steeper of both (`residual="convex"`), or as published, `x + a f(x)` (`residual="weighted"`);
 - positions are mixed by LipShiFT's linear blocks, `MaxMin(x + s K center(shift(x)))`, and channels by the same with a
   pointwise K, in place of 7 x 7 depthwise branches and the GELU MLP: one operator each, near the identity;
-- stages choose whether they attend (`attention=(False, True)`); windows shift on a torus, by an isometry, without mask;
+- one block attends, the last: every further one cost certified accuracy (`benchmarks/ablation.py --model lipsformer`);
+  `attention=(0, 2)` are two, of the second stage. Windows shift on a torus, by an isometry, without mask;
 - patches merge by orthogonal convolutions, and LipShiFT's dense layer and normalised head end the network.
 """
 
@@ -142,26 +143,30 @@ class ChannelMix(Part):
 
 def lipsformer_certified(
     *, num_classes: int, img_size: int, in_chans: int, embed_dim: int, depths: Sequence[int],
-    attention: Sequence[bool] | None = None, num_heads: Sequence[int] | int = 4, window_size: int = 4,
-    patch_size: int | None = None, tau: float = 1.0, eps: float = 1.0, residual: str = "convex", start: float = 0.2,
+    attention: Sequence[int] | None = None, channel_mix: Sequence[int] | None = None,
+    num_heads: Sequence[int] | int = 4, window_size: int = 4,
+    patch_size: int | None = None, tau: float = 1.0, eps: float = 1.0, residual: str = "convex", start: float = 0.05,
     orthogonal: bool = True,
     kernel_size: int = 3, scale: float = 0.2, divisor: int = 12, neck: int = 512,
 ) -> PartNetwork:  # fmt: skip
     """Build the certified arrangement.
 
     Args:
-        depths: blocks per stage: LipShiFT's linear block, and in a stage that attends also attention and a channel mix.
-        attention: which stages attend; None: all.
+        depths: blocks per stage, each LipShiFT's linear block, and then what the next two arguments give the last ones.
+        attention: how many blocks of each stage attend, True: all of them; None: the last one of the last stage.
+        channel_mix: how many blocks of each stage end with a channel mix; None: those that attend.
         window_size: side of the windows, no more than the map.
         patch_size: side of the first patches; None chooses as `lipshift` does.
         tau, eps, residual, start, orthogonal: of the attention, see `AttentionBlock`.
         neck: width of the dense layer over the last map.
     """
     stages = len(depths)
-    attends = tuple(attention) if attention is not None else (True,) * stages
+    last = (0,) * (stages - 1) + (1,)
+    attends = counts("attention", attention if attention is not None else last, depths)
+    mixes = counts("channel_mix", channel_mix if channel_mix is not None else attends, depths)
     heads = (num_heads,) * stages if isinstance(num_heads, int) else tuple(num_heads)
-    if not len(attends) == len(heads) == stages:
-        raise InputError("depths, attention and num_heads need one entry for each stage")
+    if len(heads) != stages:
+        raise InputError("num_heads needs one entry for each stage")
     patch = fitting_patch(img_size, stages, patch_size)
     dim, grid = embed_dim, img_size // patch
     stem = Affine((in_chans, img_size, img_size), patch_convolution(in_chans, dim, patch, img_size))
@@ -176,25 +181,39 @@ def lipsformer_certified(
                 dim, kernel_size, scale=scale, shift="circular", divisor=divisor, center=True, circular=False
             )
             parts.append(LinearShiftBlock(shape, mix))
-            if attends[stage]:
+            if i >= depth - attends[stage]:
                 block = AttentionBlock(
                     shape, heads=heads[stage], window=min(window_size, grid), shift=i % 2 == 1, tau=tau, eps=eps,
                     residual=residual, start=start, orthogonal=orthogonal,
                 )  # fmt: skip
-                parts += [block, ChannelMix(shape, scale)]
+                parts.append(block)
+            if i >= depth - mixes[stage]:
+                parts.append(ChannelMix(shape, scale))
     parts += [Affine((dim, grid, grid), patch_convolution(dim, neck, grid, grid)), Activation()]
     return PartNetwork(parts, NormalizedLinear(neck, num_classes))
 
 
+def counts(name: str, given: Sequence[int], depths: Sequence[int]) -> tuple[int, ...]:
+    """Return how many blocks of each stage are meant; True is all of them. InputError for what the stages have not.
+
+    >>> counts("attention", (False, 2, True), (4, 4, 6))
+    (0, 2, 6)
+    """
+    if len(given) != len(depths):
+        raise InputError(f"{name} needs one entry for each of the {len(depths)} stages, not {len(given)}")
+    found = tuple(depth if count is True else int(count) for count, depth in zip(given, depths, strict=True))
+    if any(not 0 <= count <= depth for count, depth in zip(found, depths, strict=True)):
+        raise InputError(f"{name} counts blocks of stages with {list(depths)} of them, which {list(given)} does not")
+    return found
+
+
 @models.register()
 def lipsformer_swin_tiny_1lip(**kwargs: Any) -> nn.Module:
-    """Certified LipsFormer for small images: 128 wide, 4 blocks with attention, one stage, a dense layer of 512."""
+    """Certified LipsFormer for small images: 128 wide, 4 blocks of which the last attends, a dense layer of 512."""
     return lipsformer_certified(**{**dict(embed_dim=128, depths=(4,)), **kwargs})
 
 
 @models.register()
 def lipsformer_swin_small_1lip(**kwargs: Any) -> nn.Module:
-    """Certified LipsFormer, 128 and 256 wide, 4 blocks without and 6 with attention, a dense layer of 1024."""
-    return lipsformer_certified(
-        **{**dict(embed_dim=128, depths=(4, 6), attention=(False, True), num_heads=(4, 8), neck=1024), **kwargs}
-    )
+    """Certified LipsFormer, 128 and 256 wide, 4 and 6 blocks of which the last attends, a dense layer of 1024."""
+    return lipsformer_certified(**{**dict(embed_dim=128, depths=(4, 6), num_heads=(4, 8), neck=1024), **kwargs})

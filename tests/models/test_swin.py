@@ -272,9 +272,10 @@ def test_unit_nu_gives_the_attention_the_constant_one(shape: tuple[int, int]) ->
 
 @pytest.mark.parametrize(
     "options",
-    [dict(depths=[2]), dict(depths=[2], residual="weighted", eps=0.3, orthogonal=False),
-     dict(depths=[1, 2], attention=[False, True]),
-     dict(depths=[1, 1], num_heads=[2, 3], tau=3.0, window_size=2), dict(depths=[2], attention=[False])],
+    [dict(depths=[2]), dict(depths=[2], attention=[True], residual="weighted", eps=0.3, orthogonal=False, start=0.2),
+     dict(depths=[1, 2], attention=[False, True]), dict(depths=[1, 2], attention=[0, 1], channel_mix=[1, 0]),
+     dict(depths=[1, 1], attention=[1, 1], num_heads=[2, 3], tau=3.0, window_size=2, start=0.2),
+     dict(depths=[2], attention=[False])],
 )  # fmt: skip
 def test_estimate_proof_and_attack_agree(options: dict) -> None:
     torch.manual_seed(0)
@@ -316,6 +317,19 @@ def test_whatever_training_does_a_convex_branch_stays_bounded_by_its_biases() ->
     assert audit(export(block), (8, 4, 4)).upper.require_upper() <= max(1.0, limit) * 1.01
 
 
+@pytest.mark.parametrize(
+    "options, expected",
+    [(dict(depths=[3]), "BBBAC"), (dict(depths=[1, 2]), "BMBBAC"), (dict(depths=[2], attention=[True]), "BACBAC"),
+     (dict(depths=[2, 1], attention=[1, 0]), "BBACMB"), (dict(depths=[2], attention=[0]), "BB"),
+     (dict(depths=[2], attention=[0], channel_mix=[True]), "BCBC"),
+     (dict(depths=[2], attention=[1], channel_mix=[0]), "BBA")],
+)  # fmt: skip
+def test_the_last_blocks_attend(options: dict, expected: str) -> None:
+    model = create_model("lipsformer_swin_tiny_1lip", img_size=8, embed_dim=12, num_heads=2, patch_size=1, **options)
+    letters = {"LinearShiftBlock": "B", "AttentionBlock": "A", "ChannelMix": "C", "Affine": "M"}
+    assert "".join(letters.get(type(part).__name__, "") for part in model.parts) == f"M{expected}M"
+
+
 @pytest.mark.parametrize("eps", [1e-6, 1.0])
 def test_our_bound_is_far_below_the_published_theorem(eps: float) -> None:
     torch.manual_seed(0)
@@ -340,7 +354,8 @@ def test_our_bound_is_far_below_the_published_theorem(eps: float) -> None:
      ("cswin_tiny", dict(splits=[3, 2, 2, 2], img_size=64)), ("cswin_tiny", dict(splits=[1])),
      ("lipsformer_swin_tiny_1lip", dict(residual="none")), ("lipsformer_swin_tiny_1lip", dict(window_size=3)),
      ("lipsformer_swin_tiny_1lip", dict(attention=[True, True])), ("lipsformer_swin_tiny_1lip", dict(num_heads=3)),
-     ("lipsformer_swin_tiny_1lip", dict(start=1.0))],
+     ("lipsformer_swin_tiny_1lip", dict(start=1.0)), ("lipsformer_swin_tiny_1lip", dict(attention=[5])),
+     ("lipsformer_swin_tiny_1lip", dict(channel_mix=[-1])), ("lipsformer_swin_tiny_1lip", dict(num_heads=[4, 4]))],
 )  # fmt: skip
 def test_wrong_arguments_are_refused(name: str, options: dict) -> None:
     with pytest.raises(InputError):
