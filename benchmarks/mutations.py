@@ -38,7 +38,7 @@ def given(folder: Path, limit: int) -> Files:
 
 
 def untrained(folder: Path) -> Files:
-    from test_mutations import small
+    from issuing import small
 
     return small(folder)
 

@@ -3,8 +3,8 @@
     python checker.py certificate.json [--images images.safetensors]
 
 This file imports nothing of lipcert and shares no method with it, so that an error there is not repeated here. It is
-meant to be read in one sitting, in this order: reading files that may be hostile; kernels, the one form in which every
-affine operator is written; norms, proved by Cholesky factorisations; the operators; the steps; the rows.
+meant to be read in one sitting, in this order: reading files that may be hostile; maps, the forms in which a linear
+function of a value is held; norms, proved by Cholesky factorisations; the operators; the steps; the rows.
 
 Everything that is accepted has been confirmed by a number of the checker's own. Whatever cannot be confirmed ends in
 `Rejected`, with one sentence that says what and where: a claim that is false, and one that this checker cannot judge.
@@ -23,7 +23,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -38,15 +38,23 @@ Pair = tuple[int, int]
 
 UNIT = 2.0**-53
 UP = 1.0 + 2.0**-44  # more than 100 roundings of positive numbers
-JSON_BYTES, JSON_DEPTH, TENSOR_BYTES = 64 << 20, 64, 4 << 30
+WIDE = 1.0 + 2.0**-10  # rows of norm 1, and what is computed of them
+JSON_BYTES, JSON_DEPTH, TENSOR_BYTES, TEXT_BYTES = 64 << 20, 64, 4 << 30, 1 << 30
 ENTRIES = 1 << 26  # of one array that is formed
-DENSE_SIDE = 2048
+DENSE_SIDE, DENSE_ENTRIES, OPEN_SIDE, OPEN = 2048, 1 << 25, 4096, 9  # see `kernel_norm`
 SCHEMA = 1
-COLUMNS = ("idx", "label", "predict", "radius", "correct", "time", "margin", "error", "image")
+COLUMNS = "idx label predict radius correct time margin error image".split()
+SCENE_COLUMNS = "idx eps pixels stable valid correct certified certified_alone".split()
+VOID = 255  # the label of a pixel that has none
 
 
 class Rejected(Exception):
     """Something of a certificate does not hold, or cannot be confirmed: one sentence that says what and where."""
+
+
+def require(holds: bool, what: str) -> None:
+    if not holds:
+        raise Rejected(what)
 
 
 def gamma(n: int) -> float:
@@ -59,31 +67,25 @@ def gamma(n: int) -> float:
 
 def read_json(path: Path) -> Any:
     """Return what a JSON file holds; refuse huge and deep ones, keys that appear twice, and numbers that are not."""
-    if path.stat().st_size > JSON_BYTES:
-        raise Rejected(f"{path.name} is larger than {JSON_BYTES} bytes")
+    require(path.stat().st_size <= JSON_BYTES, f"{path.name} is larger than {JSON_BYTES} bytes")
     text = path.read_bytes()
     depth = 0
     for token in re.finditer(rb'"(?:\\.|[^"\\])*"|[\[{\]}]', text):
         depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token.group(), 0)
-        if depth > JSON_DEPTH:
-            raise Rejected(f"{path.name} is nested deeper than {JSON_DEPTH}")
+        require(depth <= JSON_DEPTH, f"{path.name} is nested deeper than {JSON_DEPTH}")
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise Rejected(f"{path.name}: the key {next(k for k in keys if keys.count(k) > 1)!r} appears twice")
-        return made
+        keys = [key for key, _ in pairs]
+        twice = next((key for key in keys if keys.count(key) > 1), None) if len({*keys}) < len(keys) else None
+        require(twice is None, f"{path.name}: the key {twice!r} appears twice")
+        return dict(pairs)
 
     def number(digits: str) -> float:
-        value = float(digits)
-        if not math.isfinite(value):
-            raise Rejected(f"{path.name}: {digits[:40]} is not a finite number")
-        return value
+        require(math.isfinite(float(digits)), f"{path.name}: {digits[:40]} is not a finite number")
+        return float(digits)
 
     def integer(digits: str) -> int:
-        if len(digits) > 20:
-            raise Rejected(f"{path.name}: the number {digits[:20]}… is too long")
+        require(len(digits) <= 20, f"{path.name}: the number {digits[:20]}… is too long")
         return int(digits)
 
     try:
@@ -99,21 +101,32 @@ def read_tensors(path: Path, sha256: str) -> dict[str, Array]:
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
-    if path.stat().st_size > TENSOR_BYTES:
-        raise Rejected(f"{path.name} is larger than {TENSOR_BYTES} bytes")
+    require(path.stat().st_size <= TENSOR_BYTES, f"{path.name} is larger than {TENSOR_BYTES} bytes")
     data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise Rejected(f"{path.name} has another SHA-256 than program.sha256")
+    require(hashlib.sha256(data).hexdigest() == sha256, f"{path.name} has another SHA-256 than program.sha256")
     try:
         tensors = load(data)
     except (SafetensorError, ValueError, KeyError) as error:
         raise Rejected(f"{path.name} is not a safetensors file: {error}") from error
     for name, tensor in tensors.items():
-        if tensor.dtype not in (np.float64, np.int64):
-            raise Rejected(f"{path.name}: tensor {name!r} is {tensor.dtype}, not float64 or int64")
-        if not np.isfinite(tensor).all():
-            raise Rejected(f"{path.name}: tensor {name!r} has entries that are not finite")
+        known = tensor.dtype in (np.float64, np.int64)
+        require(known, f"{path.name}: tensor {name!r} is {tensor.dtype}, not float64 or int64")
+        require(bool(np.isfinite(tensor).all()), f"{path.name}: tensor {name!r} has entries that are not finite")
     return tensors
+
+
+def read_table(path: Path, columns: Sequence[str], rows: int) -> list[list[str]]:
+    """Return the cells of a tab-separated file with this header and so many rows."""
+    require(path.stat().st_size <= TEXT_BYTES, f"{path.name} is larger than {TEXT_BYTES} bytes")
+    lines = path.read_bytes().decode("utf-8", "replace").split("\n")
+    require(lines[0] == "\t".join(columns) and lines[-1] == "", f"{path.name}: the header or the last line is damaged")
+    require(
+        len(lines) - 2 == rows, f"{path.name}: there are {len(lines) - 2} rows, not {rows} as certificate.json says"
+    )
+    cells = [line.split("\t") for line in lines[1:-1]]
+    for i, row in enumerate(cells):
+        require(len(row) == len(columns), f"row {i}: malformed (its cells)")
+    return cells
 
 
 def take(record: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
@@ -124,31 +137,34 @@ def take(record: Any, key: str, kind: type | tuple[type, ...], where: str) -> An
     return value
 
 
+def number_of(record: Any, key: str, where: str) -> float:
+    value = take(record, key, (int, float), where)
+    require(0 <= value < math.inf, f"{where}: {key} {value!r} is not a finite number from 0")
+    return float(value)
+
+
 def only(record: Any, keys: Sequence[str], where: str) -> None:
     """Refuse keys that this checker does not know: they might change what is meant."""
-    if not isinstance(record, dict):
-        raise Rejected(f"{where}: it is no record")
-    if unknown := sorted(set(record) - set(keys)):
-        raise Rejected(f"{where}: unknown key {unknown[0]!r}")
+    require(isinstance(record, dict), f"{where}: it is no record")
+    for unknown in sorted(set(record) - set(keys)):
+        raise Rejected(f"{where}: unknown key {unknown!r}")
 
 
-# ------------------------------------------------------------------------------------------------------------- kernels
+# ---------------------------------------------------------------------------------------------------------------- maps
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """An affine operator's linear part: out[:, y] = Σ_t taps[t] · in[:, stride·y + t] with two-dimensional y and t.
+    """A linear map of grids: out[:, y] = Σ_t taps[t] · in[:, stride·y + t] with two-dimensional y and t.
 
-    Outside its grid `in` is zero, or, if `wraps`, periodic. Vectors are grids of one position. The taps may differ from
-    the exact ones by Σ_t ‖·‖_F ≤ error, which also bounds the operator norm of the difference: taking entries of a
-    shifted grid has norm at most 1.
+    Outside its grid `in` is zero. The taps may differ from the exact ones by Σ_t ‖·‖_F ≤ error, which also bounds the
+    operator norm of the difference: taking entries of a shifted grid has norm at most 1.
     """
 
     taps: Mapping[Pair, Array]  # each (c_out, c_in)
     source: Grid
     target: Grid
     stride: Pair = (1, 1)
-    wraps: bool = False
     error: float = 0.0
 
     @property
@@ -156,32 +172,35 @@ class Kernel:
         """An upper bound of Σ_t ‖taps[t]‖_F."""
         return sum(frobenius(tap) for tap in self.taps.values()) * UP
 
-    def reach(self, axis: int) -> tuple[int, int]:
-        """Return the first and the last position that is read along an axis, possibly outside of the grid."""
-        offsets = [t[axis] for t in self.taps] or [0]
-        return min(offsets), self.stride[axis] * (self.target[1 + axis] - 1) + max(offsets)
-
-    @property
-    def inside(self) -> bool:
-        """Whether nothing outside the grid is read, so that the extension does not matter."""
-        return all(0 <= self.reach(a)[0] and self.reach(a)[1] < self.source[1 + a] for a in (0, 1))
-
     @property
     def gain(self) -> float:
-        """An upper bound of Σ_t ‖|taps[t]|‖, and so of Σ_t ‖(|taps| ∘ A)[t]‖_F / Σ_t ‖A[t]‖_F for every A (Schur)."""
-        return sum(min(frobenius(tap), _schur(np.abs(tap))) for tap in self.taps.values()) * UP
+        """An upper bound of Σ_t ‖|taps[t]|‖, and so of Σ_t ‖(|taps| ∘ A)[t]‖_F / Σ_t ‖A[t]‖_F for every A."""
+        return sum(min(frobenius(tap), schur(np.abs(tap))) for tap in self.taps.values()) * UP
+
+    @property
+    def cheap(self) -> float:
+        """An upper bound of the norm by row and column sums of the whole map's absolute values."""
+        if not self.taps:
+            return self.error
+        summed = np.sum([np.abs(tap) for tap in self.taps.values()], axis=0)
+        return (schur(summed) * (1 + gamma(len(self.taps) + 8)) + self.error) * UP
 
     @property
     def terms(self) -> int:
         """The largest number of entries of `in` that enter one entry of `out`."""
-        return int(np.sum([(tap != 0).sum(1) for tap in self.taps.values()], axis=0).max()) if self.taps else 0
+        return self._most(1)
 
-    @property
-    def selects(self) -> bool:
-        """Whether every entry of `out` is exactly zero or plus or minus one entry of `in`."""
-        return (
-            not self.error and self.terms <= 1 and all(bool(np.isin(t, (-1, 0, 1)).all()) for t in self.taps.values())
-        )
+    def _most(self, axis: int) -> int:
+        return int(np.sum([(tap != 0).sum(axis) for tap in self.taps.values()], axis=0).max()) if self.taps else 0
+
+    def moves(self, axis: int) -> bool:
+        """Whether all entries are 0, 1 or -1, with at most one of the latter in each row (axis 1) or column (0)."""
+        return self._most(axis) <= 1 and all(bool(np.isin(tap, (-1, 0, 1)).all()) for tap in self.taps.values())
+
+    def reach(self, axis: int) -> Pair:
+        """Return the first and the last position that is read along an axis, possibly outside of the grid."""
+        offsets = [t[axis] for t in self.taps] or [0]
+        return min(offsets), self.stride[axis] * (self.target[1 + axis] - 1) + max(offsets)
 
 
 def frobenius(array: Array) -> float:
@@ -189,96 +208,482 @@ def frobenius(array: Array) -> float:
     return math.sqrt(float(np.sum(np.square(np.abs(array))))) * (1 + gamma(array.size + 8)) + 1e-150
 
 
-def _schur(magnitudes: Array) -> float:
+def schur(magnitudes: Array) -> float:
     """Return √(largest row sum · largest column sum), an upper bound of the norm of a matrix of this magnitude."""
     sums = float(magnitudes.sum(1).max(initial=0.0)) * float(magnitudes.sum(0).max(initial=0.0))
     return math.sqrt(sums) * (1 + gamma(max(magnitudes.shape) + 8))
 
 
-def eye(n: int) -> Array:
-    if n * n > ENTRIES:
-        raise Rejected(f"{n} channels are too many")
-    return np.eye(n)
-
-
-def identity(grid: Grid) -> Kernel:
-    return Kernel({(0, 0): eye(grid[0])}, grid, grid)
+def pointwise(matrix: Array, size: Pair, error: float = 0.0) -> Kernel:
+    """Return the map that multiplies the channels at every position by a matrix."""
+    return Kernel({(0, 0): matrix}, (matrix.shape[1], *size), (matrix.shape[0], *size), error=error)
 
 
 def compose(second: Kernel, first: Kernel) -> Kernel:
     """Return second ∘ first, exactly this map; Rejected if it is not of this form.
 
-    What `second` reads outside the grid between them must be what `first` gives there by its own formula: with zeros,
-    `first` must read nothing but outside; periodically, `first` must be periodic with that very period.
+    What `second` reads as zero outside the grid between them must be zero by the formula of `first` as well: there,
+    `first` must read nothing but zeros.
     """
-    grid, wraps = first.target, first.wraps
-    if second.source != grid:
-        raise Rejected("shapes do not fit")
-    if not second.inside:
-        wraps = second.wraps
-        if first.wraps != wraps and not first.inside:
-            raise Rejected("zeros and periodic continuation are mixed")
-        if wraps and any(first.source[1 + a] != first.stride[a] * grid[1 + a] for a in (0, 1)):
-            raise Rejected("a periodic continuation does not fit the stride before it")
-        if not wraps and not all(_vanishes(first, second, axis) for axis in (0, 1)):
-            raise Rejected("what is beyond the border of the map between is cut off, so they are not one convolution")
+    require(second.source == first.target, "shapes do not fit")
+    for axis in (0, 1):
+        (low, high), size, stride = second.reach(axis), first.source[1 + axis], first.stride[axis]
+        beyond = [*range(low, 0), *range(first.target[1 + axis], high + 1)]
+        cut = any(0 <= stride * p + t[axis] < size for p in beyond for t in first.taps)
+        require(not cut, "what is beyond the border of the map between is cut off, so they are not one convolution")
     taps: dict[Pair, Array] = {}
     for t, b in second.taps.items():
         for r, a in first.taps.items():
             offset = (first.stride[0] * t[0] + r[0], first.stride[1] * t[1] + r[1])
-            if wraps:
-                offset = (offset[0] % first.source[1], offset[1] % first.source[2])
-            product = b @ a
-            taps[offset] = taps[offset] + product if offset in taps else product
-            if len(taps) * product.size > ENTRIES:
-                raise Rejected("the kernel is too large")
-    rounding = 0.0 if second.selects else gamma(second.terms + 2) * second.gain * first.size + 1e-300
+            taps[offset] = taps[offset] + b @ a if offset in taps else b @ a
+            require(len(taps) * len(b) * a.shape[1] <= ENTRIES, "the kernel is too large")
+    exact = second.moves(1) or first.moves(0)  # then no two products are added
+    rounding = 0.0 if exact else gamma(second.terms + 2) * second.gain * first.size + 1e-300
     known = second.gain * first.error + second.error * (first.size + first.error)
     stride = (first.stride[0] * second.stride[0], first.stride[1] * second.stride[1])
-    return Kernel(taps, first.source, second.target, stride, wraps, (rounding + known) * UP)
+    return Kernel(taps, first.source, second.target, stride, (rounding + known) * UP)
 
 
-def _vanishes(first: Kernel, second: Kernel, axis: int) -> bool:
-    """Whether `first`, continued to all positions outside its grid that `second` reads, reads zeros only there."""
-    low, high = second.reach(axis)
-    outside = [*range(low, 0), *range(first.target[1 + axis], high + 1)]
-    size, stride = first.source[1 + axis], first.stride[axis]
-    return not any(0 <= stride * p + t[axis] < size for p in outside for t in first.taps)
+def total(a: Kernel, b: Kernel) -> Kernel:
+    """Return the sum of two maps of one source and one target."""
+    require((a.source, a.target, a.stride) == (b.source, b.target, b.stride), "summands differ in shape or stride")
+    taps = dict(a.taps)
+    meet = False
+    for t, tap in b.taps.items():
+        meet |= t in taps and bool(((taps[t] != 0) & (tap != 0)).any())
+        taps[t] = taps[t] + tap if t in taps else tap
+    rounding = gamma(1) * (a.size + b.size) if meet else 0.0
+    return replace(a, taps=taps, error=(a.error + b.error + rounding) * UP)
 
 
-def total(kernels: Sequence[Kernel]) -> Kernel:
-    """Return the sum of maps of one source and one target."""
-    wraps = any(k.wraps and not k.inside for k in kernels)
-    if any(k.wraps != wraps and not k.inside for k in kernels):
-        raise Rejected("zeros and periodic continuation are mixed")
-    if len({(k.source, k.target, k.stride) for k in kernels}) != 1:
-        raise Rejected("summands differ in shape or stride")
+@dataclass(frozen=True)
+class Map:
+    """A linear map from one value to another: entry by entry, scale · kernel(source)[where].
+
+    Without a kernel, `where` counts the entries of the source itself: entries are moved, repeated, scaled, dropped (-1
+    stands for zero). With `before`, the kernel acts on the result of a map of at most this norm.
+    """
+
+    source: Sequence[int]  # its shape
+    where: Array  # of the shape of the value
+    scale: Array
+    kernel: Kernel | None = None
+    before: float | None = None
+
+    @classmethod
+    def of(cls, kernel: Kernel, shape: Sequence[int], source: Sequence[int], before: float | None = None) -> Map:
+        """Return a kernel as a map to a value of this shape."""
+        where = np.arange(math.prod(shape)).reshape(shape)
+        return cls(source, where, np.ones(shape), kernel, before)
+
+    def moved(self, move: Callable[[Array, Any], Array]) -> Map:
+        """Return what a function makes of it that moves entries, called with the array and what it shall fill in."""
+        return replace(self, where=move(self.where, -1), scale=move(self.scale, 0.0))
+
+    def as_kernel(self) -> Kernel:
+        """Return the map as one kernel, exactly; Rejected if it is not of this form.
+
+        Guess source channel, offset and factor of every channel from its first entry, then compare all entries.
+        """
+        require(self.before is None, "what is before it is known by its norm alone")
+        origin = grid_of(self.source) if self.kernel is None else self.kernel.target
+        target = grid_of(self.where.shape)
+        where, scale = self.where.reshape(target), self.scale.reshape(target)
+        live = (where >= 0) & (scale != 0)
+        if self.kernel is not None and origin == target and np.array_equal(where.ravel(), np.arange(where.size)):
+            if (scale == 1).all():
+                return self.kernel
+        at = np.stack(np.unravel_index(np.maximum(where, 0), origin))
+        stride = [1, 1]
+        for axis in (0, 1):
+            both = np.diff(live.astype(int), axis=1 + axis) == 0
+            both &= live.take(range(1, target[1 + axis]), 1 + axis)
+            if both.any():
+                stride[axis] = int(np.diff(at[1 + axis], axis=1 + axis)[both][0])
+        require(min(stride) > 0, "entries are moved in another way than by channels and offsets")
+        taps: dict[Pair, Array] = {}
+        for c in np.flatnonzero(live.any((1, 2))):
+            y, x = np.argwhere(live[c])[0]
+            channel, row, column = (int(i) for i in at[:, c, y, x])
+            t = (row - stride[0] * int(y), column - stride[1] * int(x))
+            rows = stride[0] * np.arange(target[1])[:, None] + t[0]
+            columns = stride[1] * np.arange(target[2]) + t[1]
+            inside = (rows >= 0) & (rows < origin[1]) & (columns >= 0) & (columns < origin[2])
+            expected = np.where(inside, (channel * origin[1] + rows) * origin[2] + columns, -1)
+            same = np.array_equal(np.where(live[c], where[c], -1), expected)
+            require(
+                same and bool((scale[c][live[c]] == scale[c, y, x]).all()),
+                "entries are moved in another way than by channels and offsets",
+            )
+            if t not in taps:
+                require((len(taps) + 1) * target[0] * origin[0] <= ENTRIES, "the kernel is too large")
+                taps[t] = np.zeros((target[0], origin[0]))
+            taps[t][c, channel] = scale[c, y, x]
+        made = Kernel(taps, origin, target, (stride[0], stride[1]))
+        return made if self.kernel is None else compose(made, self.kernel)
+
+
+def identity(shape: Sequence[int]) -> Map:
+    require(0 < math.prod(shape) <= ENTRIES, "a value is too large")
+    return Map(shape, np.arange(math.prod(shape)).reshape(shape), np.ones(shape))
+
+
+def joined(maps: Sequence[Map], dim: int | None) -> Map:
+    """Return the map to several values, concatenated along a dimension, or one after the other if it is None."""
+    first = maps[0]
+    require(
+        all(m.kernel is first.kernel and m.before == first.before for m in maps), "its parts come from different maps"
+    )
+    where, scale = ([getattr(m, name) for m in maps] for name in ("where", "scale"))
+    return replace(first, where=np.concatenate(where, dim), scale=np.concatenate(scale, dim))
+
+
+def grid_of(shape: Sequence[int]) -> Grid:
+    """Return the grid of a value for one image: (1, c, h, w), or (1, d) as d channels of one position."""
+    if len(shape) in (2, 4) and shape[0] == 1 and all(0 < side <= 1 << 14 for side in shape):
+        return (shape[1], 1, 1) if len(shape) == 2 else (shape[1], shape[2], shape[3])
+    raise Rejected(f"a value of shape {list(shape)} is no image")
+
+
+# --------------------------------------------------------------------------------------------------------------- norms
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What decides how much is tried, and nothing else: which bound is enough, and which torus is said to give it."""
+
+    enough: float = 0.0
+    open: bool = False
+    twisted: bool = False
+
+
+LEAST = Aim()
+
+
+def norm(m: Map, aim: Aim = LEAST) -> float:
+    """Return a proved upper bound of the operator norm.
+
+    out_i = s_i k_{w(i)} has ‖out‖² = Σ_j (Σ_{i: w(i) = j} s_i²) k_j²: for moved entries, the largest sum is the square
+    of the norm itself; behind a kernel, its channel c counts with the root of the largest sum over its entries j.
+    """
+    live = m.where >= 0
+    size = math.prod(m.source if m.kernel is None else m.kernel.target)
+    sums = np.bincount(m.where[live], np.square(m.scale[live]), size)
+    if m.kernel is None:
+        return _root(float(sums.max(initial=0.0)))
+    factors = np.sqrt(sums.reshape(m.kernel.target[0], -1).max(1))[:, None]
+    kernel = replace(m.kernel, taps={t: factors * tap for t, tap in m.kernel.taps.items()})
+    if not np.isin(factors, (0, 1)).all():
+        error = m.kernel.error * float(factors.max()) + gamma(8) * kernel.size + 1e-300
+        kernel = replace(kernel, error=error * UP)
+    if m.before in (None, 1.0, 0.0):
+        return kernel_norm(kernel, aim) if m.before != 0.0 else 0.0
+    return kernel_norm(kernel, replace(aim, enough=aim.enough / m.before)) * m.before * UP
+
+
+def joint_norm(maps: Sequence[Map], aim: Aim = LEAST) -> float:
+    """Return an upper bound of the norm of the map to several values together."""
+    try:
+        return norm(joined([replace(m, where=m.where.ravel(), scale=m.scale.ravel()) for m in maps], 0), aim)
+    except Rejected:
+        return _root(sum(norm(m, aim) ** 2 for m in maps))
+
+
+def _root(square: float) -> float:
+    """Return a square root, rounded up; 0 and 1 are exact."""
+    return square if square in (0.0, 1.0) else math.sqrt(square) * UP
+
+
+def kernel_norm(kernel: Kernel, aim: Aim = LEAST) -> float:
+    """Return a proved upper bound of the norm of a kernel.
+
+    With stride s, position s·q + r of channel i is position q of channel (r, i): a map of stride 1 with s₀s₁c channels.
+    The positions of an axis can be taken as channels, too (`opened`); with both, or if nothing but one tap is left
+    that reads no zeros, the map is one matrix. Otherwise it is a part of the convolution on a torus of m positions per
+    axis, if outputs are different positions there, h ≤ m, and if, with the image on positions 0 … n-1, every read
+    outside of it is a position outside of it: m ≥ n - (first read) and m ≥ (last read) + 1. Then inserting zeros, the
+    torus, keeping h outputs is the map. As what comes round meets zeros, its sign does not matter: the torus on which
+    it changes (twisted) contains the map as well. Torus maps are block diagonal in a Fourier basis, with the norm
+    max_j ‖Σ_t K_t e^(-2πi⟨j, t⟩/m)‖, on the twisted one for j + 1/2.
+    """
+    kernel = _phases(kernel)
+    largest = max((float(np.abs(tap).max(initial=0.0)) for tap in kernel.taps.values()), default=0.0)
+    require(math.isfinite(largest + kernel.error), "the numbers are too large to be rechecked")
+    if largest == 0.0:
+        return kernel.error
+    scale = 2.0 ** math.ceil(math.log2(largest))  # entries of at most 1: what underflows does not matter
+    kernel = replace(kernel, taps={t: tap / scale for t, tap in kernel.taps.items() if tap.any()})
+    rows, columns = math.prod(kernel.target), math.prod(kernel.source)
+    reaches = [kernel.reach(axis) for axis in (0, 1)]
+    inside = all(low >= 0 and high < n for (low, high), n in zip(reaches, kernel.source[1:], strict=True))
+    if len(kernel.taps) > 1 or not inside:
+        if min(rows, columns) > DENSE_SIDE or rows * columns > DENSE_ENTRIES:
+            return _torus_norm(kernel, scale, aim)
+        kernel = opened(opened(kernel, 0), 1)
+    return (proved_norm(kernel.taps.values()) * scale + kernel.error) * UP
+
+
+def _torus_norm(kernel: Kernel, scale: float, aim: Aim) -> float:
+    """Try the plain and the twisted torus, and both with the shorter axis opened, until a bound is enough."""
+    sides = zip(kernel.source[1:], kernel.target[1:], (kernel.reach(0), kernel.reach(1)), strict=True)
+    torus = [max(n - min(low, 0), high + 1, h) for n, h, (low, high) in sides]
+    short = 0 if torus[0] <= torus[1] else 1
+    side = min(kernel.source[0] * kernel.source[1 + short], kernel.target[0] * kernel.target[1 + short])
+    found = math.inf
+    ways = [(open, twisted) for open in (False, True) for twisted in (False, True)]
+    for open, twisted in sorted(ways, key=lambda way: way != (aim.open, aim.twisted)):
+        if open and (torus[short] > OPEN or side > OPEN_SIDE):
+            continue
+        k = opened(kernel, short) if open else kernel
+        sizes = [1 if open and axis == short else m for axis, m in enumerate(torus)]
+        require(math.prod(sizes) * max(k.source[0], k.target[0]) < 1 << 24, "the map is too large")
+        error = 2 * gamma(len(k.taps) + 40) * k.size  # of a block: see `_symbols`
+        found = min(found, ((proved_norm(_symbols(k.taps, sizes, twisted)) + error) * scale + k.error) * UP)
+        if found <= aim.enough:
+            break
+    return found
+
+
+def _phases(kernel: Kernel) -> Kernel:
+    """Return the same map with stride 1."""
+    (s0, s1), (c, h, w) = kernel.stride, kernel.source
+    if (s0, s1) == (1, 1):
+        return kernel
     taps: dict[Pair, Array] = {}
-    added = 0  # entries of different summands meet: one rounding each
-    for kernel in kernels:
-        for t, tap in kernel.taps.items():
-            where = (t[0] % kernel.source[1], t[1] % kernel.source[2]) if wraps else t
-            if where in taps:
-                added += bool(((taps[where] != 0) & (tap != 0)).any())
-                tap = taps[where] + tap
-            taps[where] = tap
-    error = sum(k.error for k in kernels) + (gamma(added) * sum(k.size for k in kernels) if added else 0.0)
-    return replace(kernels[0], taps=taps, wraps=wraps, error=error * UP)
+    for t, tap in kernel.taps.items():
+        q, phase = (t[0] // s0, t[1] // s1), (t[0] % s0) * s1 + t[1] % s1
+        wide = taps.setdefault(q, np.zeros((tap.shape[0], s0 * s1 * c)))
+        wide[:, phase * c : (phase + 1) * c] = tap
+    return replace(kernel, taps=taps, source=(s0 * s1 * c, -(-h // s0), -(-w // s1)), stride=(1, 1))
 
 
-def stack(kernels: Sequence[Kernel]) -> Kernel:
-    """Return the map to all the targets, one above the other along the channels."""
-    return total([compose(place, k) for place, k in zip(placements([k.target for k in kernels]), kernels, strict=True)])
+def opened(kernel: Kernel, axis: int) -> Kernel:
+    """Return the same map (of stride 1) with the positions along an axis as channels: channel y·c + i."""
+    (c, d), (h, n) = (kernel.target[0], kernel.source[0]), (kernel.target[1 + axis], kernel.source[1 + axis])
+    taps: dict[Pair, Array] = {}
+    for t, tap in kernel.taps.items():
+        left = (0, t[1]) if axis == 0 else (t[0], 0)
+        whole = taps.setdefault(left, np.zeros((h, c, n, d)))
+        for y in range(max(0, -t[axis]), min(h, n - t[axis])):
+            whole[y, :, y + t[axis]] = tap
+    target, source = ((k[0] * k[1 + axis], *np.delete(k[1:], axis)) for k in (kernel.target, kernel.source))
+    grids = [(c, 1, int(side)) if axis == 0 else (c, int(side), 1) for c, side in (source, target)]
+    taps = {t: whole.reshape(h * c, n * d) for t, whole in taps.items()}
+    return replace(kernel, taps=taps, source=grids[0], target=grids[1])
 
 
-def placements(grids: Sequence[Grid]) -> list[Kernel]:
-    """Return the maps that put values into one, channels after channels."""
-    if len({grid[1:] for grid in grids}) != 1:
-        raise Rejected("values of different size are concatenated")
-    everything = eye(sum(grid[0] for grid in grids))
-    ends = np.cumsum([grid[0] for grid in grids])
-    whole = (len(everything), *grids[0][1:])
-    return [Kernel({(0, 0): everything[:, end - g[0] : end]}, g, whole) for g, end in zip(grids, ends, strict=True)]
+def _symbols(taps: Mapping[Pair, Array], torus: Sequence[int], twisted: bool) -> Iterator[Array]:
+    """Yield the blocks (c_out, c_in) of a real convolution on a torus, one of each conjugate pair.
+
+    Angles 2πk/N with exact integers k < N have three roundings below 2π, cosine and sine 4 units: each factor is within
+    32u. With T taps, real and imaginary part err by gamma(T + 40) Σ|K_t| each, so a block by at most twice that times
+    Σ_t ‖K_t‖_F.
+    """
+    halves = [2 if twisted and m > 1 else 1 for m in torus]  # j + 1/2 of m is 2j + 1 of 2m
+    turn = math.lcm(*(half * m for half, m in zip(halves, torus, strict=True)))
+    offsets = np.array(list(taps), dtype=np.int64)
+    flat = np.stack(list(taps.values())).reshape(len(taps), -1)
+    shape = next(iter(taps.values())).shape
+    for j in np.ndindex(*torus):
+        pair = tuple(m - 1 - i if half == 2 else -i % m for i, m, half in zip(j, torus, halves, strict=True))
+        if j <= pair:
+            steps = [(half * i + half - 1) * (turn // (half * m)) for i, m, half in zip(j, torus, halves, strict=True)]
+            angles = 2 * np.pi * (offsets @ np.array(steps, dtype=np.int64) % turn / turn)
+            if j == pair and not twisted:  # angles of 0 and π
+                yield (np.cos(angles).round() @ flat).reshape(shape)
+            else:
+                yield (np.cos(angles) @ flat - 1j * (np.sin(angles) @ flat)).reshape(shape)
+
+
+def proved_norm(blocks: Iterable[Array]) -> float:
+    """Return an upper bound of max ‖A‖ over matrices A with entries of moderate size.
+
+    An eigenvalue solver proposes τ, a little above max ‖A‖²; nothing rests on it. For A of m rows (the smaller side)
+    and n columns, with n' = n products of real numbers per entry of AA*, n' = 2n in its real and imaginary part if A is
+    complex, and G = fl(AA*):
+
+      1. ‖G - AA*‖ ≤ 2 gamma(n') ‖A‖_F², for the Hermitian matrix that its lower triangle defines.
+      2. B = fl(τI - G) differs from τI - G on the diagonal only, by at most u·max|B_ii|.
+      3. If the Cholesky factorisation of B runs to its end, computed C satisfies CC* = B + D with
+         |D_ij| ≤ g/(1-g)·√(B_ii B_jj), g = gamma(m+1) (Demmel 1989; Rump, "Verification of positive definiteness",
+         BIT 46, 2006; here g = gamma(4m+16), for complex entries and for divisions done as products with a reciprocal),
+         so ‖D‖ ≤ g/(1-g)·tr B and B ≥ -g/(1-g)·tr B.
+
+    Together ‖A‖² ≤ τ + 2g·tr B + u·max B_ii + 2 gamma(n')‖A‖_F², with 2g for g/(1-g) and the rounding of the trace.
+    """
+    tau = best = 0.0
+    for block in blocks:
+        a = block if block.shape[0] <= block.shape[1] else block.conj().T
+        gram = a @ a.conj().T
+        mass = float(np.sum(np.square(a.real)) + np.sum(np.square(a.imag))) * (1 + gamma(2 * a.size + 8))
+        square = _confirmed(gram, tau) if tau else None
+        if square is None and mass:
+            top = float(np.linalg.eigvalsh(gram)[-1])
+            proposals = (top * (1 + slack) for slack in (1e-11, 1e-10, 1e-9, 4e-9))
+            square, tau = next(((s, t) for t in proposals if (s := _confirmed(gram, t))), (None, 0.0))
+            require(square is not None, "no factorisation proves the norm")
+        best = max(best, (square or 0.0) + 2 * gamma(2 * a.shape[1]) * mass + 2.0**-900)
+    return math.sqrt(best) * UP
+
+
+def _confirmed(gram: Array, tau: float) -> float | None:
+    """Return an upper bound of the largest eigenvalue if τ exceeds it."""
+    shifted = -gram
+    diagonal = np.arange(len(gram))
+    shifted[diagonal, diagonal] += tau
+    entries = shifted[diagonal, diagonal].real.copy()
+    try:
+        factor = np.linalg.cholesky(shifted)
+    except np.linalg.LinAlgError:
+        return None
+    if not np.isfinite(factor[diagonal, diagonal]).all():
+        return None
+    return (tau + 2 * gamma(4 * len(gram) + 16) * float(entries.sum()) + UNIT * float(entries.max())) * UP
+
+
+# ----------------------------------------------------------------------------------------------------------- operators
+
+
+@dataclass(frozen=True)
+class Value:
+    """An argument that is the result of an earlier node, its shape, and whether its rows are normalised."""
+
+    name: str
+    shape: Sequence[int]
+    unit: bool = False
+
+
+Run = Callable[..., tuple[Array, Array]]
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What one node computes from the values `inputs`.
+
+    ‖Δresult‖ ≤ Σ factors_i ‖Δinput_i‖, or √Σ(factors_i ‖Δinput_i‖)² if `joint`; it holds where computed inputs are
+    within `margin` of exact ones. `run` takes batches (images, *shape) and returns the result and an l2 bound of what
+    rounding adds to it, image by image. `trace` makes the map to the result out of those to the inputs, for an affine
+    operator.
+    """
+
+    inputs: Sequence[str]
+    factors: Sequence[float]
+    run: Run
+    trace: Callable[..., Map] | None = None
+    joint: bool = False
+    margin: float = math.inf
+
+
+def norms(x: Array) -> Array:
+    """Return upper bounds of the l2 norms of the entries of a batch."""
+    flat = x.reshape(len(x), -1)
+    return np.sqrt(np.square(flat).sum(1)) * (1 + gamma(flat.shape[1] + 8)) + 1e-150
+
+
+def _slice(self: Array, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Array:
+    return self[(slice(None),) * (dim % self.ndim) + (slice(start, end, step),)]
+
+
+def _narrow(self: Array, dim: int, start: int, length: int) -> Array:
+    require(0 <= start and 0 < length, "start or length")
+    return _slice(self, dim, start, start + length)
+
+
+def _roll(self: Array, shifts: list[int], dims: list[int]) -> Array:
+    require(len(shifts) == len(dims) > 0, "shifts or dims")
+    return np.roll(self, shifts, dims)
+
+
+def _flatten(self: Array, start_dim: int = 0, end_dim: int = -1) -> Array:
+    start, end = start_dim % self.ndim, end_dim % self.ndim
+    require(start <= end, "start_dim or end_dim")
+    return self.reshape(*self.shape[:start], -1, *self.shape[end + 1 :])
+
+
+def _unflatten(self: Array, dim: int, sizes: list[int]) -> Array:
+    dim = dim % self.ndim
+    return self.reshape(*self.shape[:dim], *sizes, *self.shape[dim + 1 :])
+
+
+def _unshuffle(self: Array, downscale_factor: int) -> Array:
+    (n, c, h, w), r = self.shape, downscale_factor
+    return self.reshape(n, c, h // r, r, w // r, r).transpose(0, 1, 3, 5, 2, 4).reshape(n, c * r * r, h // r, w // r)
+
+
+def _shuffle(self: Array, upscale_factor: int) -> Array:
+    (n, c, h, w), r = self.shape, upscale_factor
+    return self.reshape(n, c // r**2, r, r, h, w).transpose(0, 1, 4, 2, 5, 3).reshape(n, c // r**2, h * r, w * r)
+
+
+MOVES: dict[str, Callable[..., Array]] = {
+    "aten.slice.Tensor": _slice,
+    "aten.narrow.default": _narrow,
+    "aten.roll.default": _roll,
+    "aten.permute.default": lambda self, dims: np.transpose(self, dims),
+    "aten.transpose.int": lambda self, dim0, dim1: np.swapaxes(self, dim0, dim1),
+    "aten.reshape.default": lambda self, shape: np.reshape(self, shape),
+    "aten.view.default": lambda self, size: np.reshape(self, size),
+    "aten.flatten.using_ints": _flatten,
+    "aten.unflatten.int": _unflatten,
+    "aten.pixel_unshuffle.default": _unshuffle,
+    "aten.pixel_shuffle.default": _shuffle,
+}
+
+
+def _moving(function: Callable[..., Array]) -> Callable[..., Operation]:
+    """Return the operator that moves entries as a function of arrays does."""
+
+    def operator(shape: Sequence[int], /, self: Value, **options: Any) -> Operation:
+        for option in options.values():
+            numbers = option if isinstance(option, list) else [option]
+            require(all(n is None or (type(n) is int and abs(n) < 1 << 31) for n in numbers), "its numbers")
+        return _moved(self, lambda array, fill: function(array, **options))
+
+    return operator
+
+
+def _moved(x: Value, move: Callable[[Array, Any], Array]) -> Operation:
+    where = move(np.arange(math.prod(x.shape)).reshape(x.shape), -1)
+    copies = _root(float(np.bincount(where[where >= 0]).max(initial=0)))
+
+    def run(array: Array) -> tuple[Array, Array]:
+        flat = np.concatenate([array.reshape(len(array), -1), np.zeros((len(array), 1))], 1)
+        return flat[:, where], np.zeros(len(array))
+
+    return Operation([x.name], [copies], run, lambda m: m.moved(move))
+
+
+def _pad(shape: Sequence[int], self: Value, pad: list[int], mode: str = "constant", value: Any = None) -> Operation:
+    require(mode == "constant" and value in (None, 0), f"padding with {mode!r}")
+    require(len(pad) % 2 == 0 and all(type(p) is int and 0 <= p < 1 << 14 for p in pad), "pad")
+    widths = [(0, 0)] * (len(self.shape) - len(pad) // 2)
+    widths += [(pad[i], pad[i + 1]) for i in range(len(pad) - 2, -1, -2)]
+    require([n + a + b for n, (a, b) in zip(self.shape, widths, strict=True)] == list(shape), "the shape of the result")
+    return _moved(self, lambda array, fill: np.pad(array, widths, constant_values=fill))
+
+
+def _through(kernel: Kernel, x: Value, shape: Sequence[int], bias: Array | None = None) -> Operation:
+    """Return the operator of a kernel between grids."""
+    require(bias is None or bias.shape == (kernel.target[0],), "the shape of the bias")
+    offset = np.zeros((1, 1, 1)) if bias is None else bias[:, None, None]
+    magnitudes = replace(kernel, taps={t: np.abs(tap) for t, tap in kernel.taps.items()})
+
+    def run(array: Array) -> tuple[Array, Array]:
+        grid = array.reshape(len(array), *kernel.source)
+        result, roundings = apply(kernel, grid)
+        majorant = apply(magnitudes, np.abs(grid))[0] + np.abs(offset)
+        arisen = gamma(roundings + 3) * norms(majorant) * (1 + 1e-6) + kernel.error * norms(array)
+        return (result + offset).reshape(len(array), *shape), arisen * UP
+
+    def trace(m: Map) -> Map:
+        try:
+            return Map.of(compose(kernel, m.as_kernel()), shape, m.source)
+        except Rejected:
+            if m.kernel is not None:
+                raise
+            return Map.of(kernel, shape, m.source, norm(m))
+
+    return Operation([x.name], [kernel.cheap], run, trace)
 
 
 def apply(kernel: Kernel, x: Array) -> tuple[Array, int]:
@@ -286,516 +691,256 @@ def apply(kernel: Kernel, x: Array) -> tuple[Array, int]:
 
     Channels are added in blocks of 64, blocks and taps one after the other: much less than any order of all of them.
     """
-    (first0, last0), (first1, last1) = kernel.reach(0), kernel.reach(1)
-    before = max(0, -first0), max(0, -first1)
-    after = max(0, last0 - kernel.source[1] + 1), max(0, last1 - kernel.source[2] + 1)
-    if any((*before, *after)):
-        mode = "wrap" if kernel.wraps else "constant"
-        x = np.pad(x, ((0, 0), (0, 0), (before[0], after[0]), (before[1], after[1])), mode=mode)  # type: ignore[call-overload]
+    pads = [(max(0, -low), max(0, high - n + 1)) for n, (low, high) in
+            zip(kernel.source[1:], (kernel.reach(0), kernel.reach(1)), strict=True)]  # fmt: skip
+    x = np.pad(x, ((0, 0), (0, 0), *pads))
     c, h, w = kernel.target
     out = np.zeros((len(x), c, h * w))
     sums = 0
-    for (t0, t1), tap in kernel.taps.items():
-        rows = slice(before[0] + t0, before[0] + t0 + kernel.stride[0] * (h - 1) + 1, kernel.stride[0])
-        columns = slice(before[1] + t1, before[1] + t1 + kernel.stride[1] * (w - 1) + 1, kernel.stride[1])
-        part = x[:, :, rows, columns].reshape(len(x), -1, h * w)
+    for t, tap in kernel.taps.items():
+        cuts = [slice(p[0] + o, p[0] + o + s * (side - 1) + 1, s)
+                for p, o, s, side in zip(pads, t, kernel.stride, (h, w), strict=True)]  # fmt: skip
+        part = x[:, :, cuts[0], cuts[1]].reshape(len(x), -1, h * w)
         for start in range(0, kernel.source[0], 64):
             out += tap[:, start : start + 64] @ part[:, start : start + 64]
             sums += 1
     return out.reshape(len(x), c, h, w), min(kernel.terms, 64 + sums) + 1
 
 
-# --------------------------------------------------------------------------------------------------------------- norms
-
-
-def norm(kernel: Kernel) -> float:
-    """Return a proved upper bound of the operator norm.
-
-    With stride s, position s·q + r of channel i is position q of channel (r, i): a map of stride 1 with s₀s₁c channels
-    (`_phases`). If it has one tap K that reads nothing outside, its norm is ‖K‖; if
-    it has one position, that of the taps side by side (`rows_of`). Otherwise it is a part of the
-    convolution on a torus of m positions per axis, if m is so large that
-      - outputs are different positions, h ≤ m;
-      - for zeros: with the image on positions 0 … n-1, every read outside of it is a position of the torus outside of
-        it, m ≥ n - (first read) and m ≥ (last read) + 1. Then inserting zeros, the torus, keeping h outputs is the map;
-      - for `wraps`: m = n.
-    The torus map is block diagonal in the Fourier basis: its norm is max_j ‖Σ_t K_t e^(-2πi⟨j, t⟩/m)‖.
-    Small maps are written out as one matrix instead, whose norm is never larger.
-    """
-    taps, image = _phases(kernel)
-    c, h, w = kernel.target
-    if kernel.wraps and not kernel.inside and (h > image[0] or w > image[1]):
-        raise Rejected("a periodic continuation is copied")
-    if (h, w) == (1, 1):
-        taps = {(0, 0): rows_of(kernel)}
-    if not taps:
-        return kernel.error
-    if not kernel.error and _partial_permutation(taps):
-        return 1.0
-    if len(taps) == 1 and (kernel.inside or (h, w) == (1, 1)):
-        return proved_norm(next(iter(taps.values()))[None], kernel.error)
-    entries = math.prod(kernel.target) * math.prod(kernel.source)
-    if min(math.prod(kernel.target), math.prod(kernel.source)) <= DENSE_SIDE and entries <= ENTRIES:
-        return proved_norm(_matrix(kernel)[None], kernel.error)
-    torus = []
-    for axis in (0, 1):
-        offsets = [t[axis] for t in taps]
-        low, high = min(0, *offsets), max(0, *offsets) + kernel.target[1 + axis] - 1
-        n = image[axis]
-        torus.append(n if kernel.wraps and not kernel.inside else max(n - low, high + 1, kernel.target[1 + axis]))
-    if math.prod(torus) * next(iter(taps.values())).size > 8 * ENTRIES:
-        raise Rejected("the map is too large to be bounded here")
-    weight = sum(frobenius(tap) for tap in taps.values()) * UP
-    return max(
-        proved_norm(blocks, error + kernel.error) for blocks, error in _symbols(taps, (torus[0], torus[1]), weight)
-    )
-
-
-def _phases(kernel: Kernel) -> tuple[dict[Pair, Array], Pair]:
-    """Return the taps of the same map with stride 1, zero ones left out, and the size of its image, rounded up."""
-    (s0, s1), (c, h, w) = kernel.stride, kernel.source
-    if kernel.wraps and not kernel.inside and (h % s0 or w % s1):
-        raise Rejected("a stride does not divide the period")
-    taps: dict[Pair, Array] = {}
-    for t, tap in kernel.taps.items():
-        if tap.any():
-            q, phase = (t[0] // s0, t[1] // s1), (t[0] % s0) * s1 + t[1] % s1
-            wide = taps.setdefault(q, np.zeros((tap.shape[0], s0 * s1 * c)))
-            wide[:, phase * c : (phase + 1) * c] = tap
-    return taps, (-(-h // s0), -(-w // s1))
-
-
-def _partial_permutation(taps: Mapping[Pair, Array]) -> bool:
-    """Whether no entry of `out` and none of `in` is used twice, and all factors are plus or minus one: norm 1."""
-    used = np.sum([tap != 0 for tap in taps.values()], axis=0)
-    exact = all(bool(np.isin(tap, (-1, 0, 1)).all()) for tap in taps.values())
-    return exact and int(used.sum(0).max()) <= 1 and int(used.sum(1).max()) <= 1
-
-
-def _symbols(taps: Mapping[Pair, Array], torus: Pair, weight: float) -> Iterator[tuple[Array, float]]:
-    """Yield the blocks (frequencies, c_out, c_in) of a real convolution on a torus, one of each conjugate pair.
-
-    Angles 2πk/m with exact integers k < m have three roundings below 2π, cosine and sine 4 units: each factor is
-    within 32u. With T taps, real and imaginary part err by gamma(T + 40) Σ|K_t| each, so the block by at most twice
-    that times `weight` ≥ Σ_t ‖K_t‖_F.
-    """
-    m0, m1 = torus
-    chosen = [(a, b) for a in range(m0) for b in range(m1) if (a, b) <= ((m0 - a) % m0, (m1 - b) % m1)]
-    offsets = np.array(list(taps))  # (T, 2)
-    kernels = np.stack(list(taps.values()))  # (T, c_out, c_in)
-    step = max(1, (1 << 20) // kernels[0].size)
-    for start in range(0, len(chosen), step):
-        frequencies = np.array(chosen[start : start + step])
-        turns = (frequencies[:, :1] * offsets[:, 0] % m0) / m0 + (frequencies[:, 1:] * offsets[:, 1] % m1) / m1
-        angles = 2 * np.pi * (turns % 1.0)
-        flat = kernels.reshape(len(kernels), -1)
-        blocks = np.cos(angles) @ flat - 1j * (np.sin(angles) @ flat)
-        yield blocks.reshape(-1, *kernels.shape[1:]), 2 * gamma(len(taps) + 40) * weight * UP
-
-
-def rows_of(kernel: Kernel) -> Array:
-    """Return the matrix of a map to one position: the taps side by side, without those beside the image, which is 0."""
-    size, known = kernel.source[1:], kernel.wraps or kernel.inside
-    inner = [tap for t, tap in kernel.taps.items() if known or (0 <= t[0] < size[0] and 0 <= t[1] < size[1])]
-    return np.concatenate([*inner, np.zeros((kernel.target[0], 1))], axis=1)
-
-
-def _matrix(kernel: Kernel) -> Array:
-    """Return the matrix of a small map."""
-    (c, h, w), (d, y, x) = kernel.target, kernel.source
-    matrix = np.zeros((c, h, w, d, y, x))
-    for t, tap in kernel.taps.items():
-        for p in np.ndindex(h, w):
-            r = tuple(kernel.stride[a] * p[a] + t[a] for a in (0, 1))
-            if kernel.wraps:
-                r = (r[0] % y, r[1] % x)
-            if 0 <= r[0] < y and 0 <= r[1] < x:
-                matrix[:, p[0], p[1], :, r[0], r[1]] += tap
-    return matrix.reshape(c * h * w, d * y * x)
-
-
-def proved_norm(blocks: Array, error: float) -> float:
-    """Return an upper bound of max ‖A + E‖ over matrices A of a stack (f, a, b) and all E with ‖E‖ ≤ error.
-
-    An eigenvalue solver proposes τ, a little above max ‖A‖²; nothing rests on it. With the real form R of A (complex A
-    = X + iY has the norm of [[X, -Y], [Y, X]]), the smaller of RRᵀ and RᵀR, m x m of sums of n products, computed as G:
-
-      1. ‖G - RRᵀ‖ ≤ gamma(n) ‖|R||R|ᵀ‖ ≤ gamma(n) ‖R‖_F², for the symmetric matrix that its lower triangle defines.
-      2. B = fl(τI - G) differs from τI - G on the diagonal only, by at most u·max|B_ii|.
-      3. If the Cholesky factorisation of B runs to its end, computed C satisfies CCᵀ = B + D with
-         |D_ij| ≤ g/(1-g)·√(B_ii B_jj), g = gamma(m+1) (Demmel 1989; Rump, "Verification of positive definiteness",
-         BIT 46, 2006; here g = gamma(2m+8), for divisions done as products with a reciprocal), so ‖D‖ ≤ g/(1-g)·tr B
-         and B ≥ -g/(1-g)·tr B.
-
-    Together ‖A‖² ≤ τ + 2g·tr B + u·max B_ii + gamma(n)‖R‖_F², with 2g for g/(1-g) and the rounding of the trace.
-    Blocks are scaled to entries of at most 1 by a power of two, so that what underflows is below 2^-900.
-    """
-    largest = float(np.abs(blocks).max(initial=0.0))
-    if not math.isfinite(largest + error):
-        raise Rejected("the numbers are too large to be rechecked")
-    if largest == 0.0:
-        return error
-    scale = 2.0 ** math.ceil(math.log2(largest))
-    scaled = blocks / scale
-    if scaled.shape[1] > scaled.shape[2]:
-        scaled = scaled.conj().swapaxes(1, 2)
-    real = scaled
-    proposal = scaled @ scaled.conj().swapaxes(1, 2)
-    if np.iscomplexobj(scaled):
-        real = np.block([[scaled.real, -scaled.imag], [scaled.imag, scaled.real]])
-    gram = real @ real.swapaxes(1, 2) if real is not scaled else proposal
-    m, n = real.shape[1:]
-    mass = float(np.square(real).sum((1, 2)).max()) * (1 + gamma(m * n + 8))
-    top = float(np.linalg.eigvalsh(proposal)[:, -1].max())
-    diagonal = np.arange(m)
-    for slack in (1e-11, 1e-10, 1e-9, 4e-9):
-        tau = top * (1 + slack)
-        shifted = -gram
-        shifted[:, diagonal, diagonal] += tau
-        entries = shifted[:, diagonal, diagonal].copy()
-        try:
-            factor = np.linalg.cholesky(shifted)
-        except np.linalg.LinAlgError:
-            continue
-        if np.isfinite(factor[:, diagonal, diagonal]).all():
-            rounding = 2 * gamma(2 * m + 8) * float(entries.sum(1).max()) + UNIT * float(entries.max())
-            square = tau + rounding + gamma(n) * mass + 2.0**-900
-            return (math.sqrt(square) * scale + error) * UP
-    raise Rejected("no factorisation proves the norm")
-
-
-def cheap_norm(kernel: Kernel) -> float:
-    """Return an upper bound of the norm by row and column sums of the whole map's absolute values."""
-    taps, _ = _phases(replace(kernel, wraps=False))
-    if not taps:
-        return kernel.error
-    copies = 1.0  # of an entry of a periodic image, along both axes
-    for axis in (0, 1) if kernel.wraps else ():
-        copies *= math.ceil(kernel.stride[axis] * kernel.target[1 + axis] / kernel.source[1 + axis])
-    summed = np.sum([np.abs(tap) for tap in taps.values()], axis=0)
-    return _schur(summed) * math.sqrt(copies) * (1 + gamma(len(taps) + 8)) + kernel.error
-
-
-# ----------------------------------------------------------------------------------------------------------- operators
-
-
-@dataclass(frozen=True)
-class Operation:
-    """What one node computes from the values `inputs`: Σ kernels · inputs + constant, or a function of all of them.
-
-    A function is `constant`-Lipschitz with respect to all its arguments together, and is computed to `units` units
-    relative to its result, or, if `absolute`, to 1.
-    """
-
-    inputs: Sequence[str]
-    kernels: Sequence[Kernel] = ()
-    offset: Array | float = 0.0
-    function: Callable[..., Array] | None = None
-    constant: float = 1.0
-    units: int = 0
-    absolute: bool = False
-
-
-@dataclass(frozen=True)
-class Value:
-    """An argument that is the result of an earlier node."""
-
-    name: str
-    grid: Grid
-
-
-def grid_of(shape: Sequence[int]) -> Grid:
-    """Return the grid of a value for one image: (1, c, h, w), or (1, d) as d channels of one position."""
-    if len(shape) in (2, 4) and shape[0] == 1 and all(0 < side <= 1 << 14 for side in shape):
-        return (shape[1], 1, 1) if len(shape) == 2 else (shape[1], shape[2], shape[3])
-    raise Rejected(f"values of shape {list(shape)} cannot be rechecked")
-
-
 def _pair(value: Any, default: Pair) -> Pair:
     made = default if value in (None, []) else tuple(value) if isinstance(value, list) else (value, value)
-    if len(made) == 1:
-        made = (made[0], made[0])
-    if len(made) != 2 or not all(type(v) is int and 0 <= v < 1 << 16 for v in made):
-        raise Rejected(f"{value!r} is no pair of sizes")
+    made = (made[0], made[0]) if len(made) == 1 else made
+    require(len(made) == 2 and all(type(v) is int and 0 <= v < 1 << 14 for v in made), f"{value!r} is no pair of sizes")
     return made[0], made[1]
 
 
-def _require(holds: bool, what: str) -> None:
-    if not holds:
-        raise Rejected(what)
-
-
-def _axis(dim: int, shape: Sequence[int]) -> int:
-    """Return 0, 1 or 2 for channels, height, width."""
-    _require(type(dim) is int and -len(shape) <= dim < len(shape) and dim % len(shape) > 0, f"dimension {dim!r}")
-    return dim % len(shape) - 1
-
-
-def _view(x: Value, target: Grid) -> Operation:
-    """Reshape: nothing, or all positions of all channels, in order, as channels of one position."""
-    c, h, w = x.grid
-    if x.grid == target:
-        return Operation([x.name], [identity(x.grid)])
-    _require(target == (c * h * w, 1, 1), "such a reshape")
-    _require(c * h * w * h * w * c <= ENTRIES, "a flattened map of this size")
-    everything = eye(c * h * w).reshape(c * h * w, c, h, w)
-    return Operation(
-        [x.name], [Kernel({t: everything[:, :, t[0], t[1]].copy() for t in np.ndindex(h, w)}, x.grid, target)]
-    )
+def _windows(x: Value, k: Pair, s: Pair, p: Pair, d: Pair = (1, 1)) -> tuple[Grid, list[tuple[Pair, Pair]], Pair]:
+    """Return the grid of a value, the taps of a window (index and offset), and how many windows there are."""
+    require(len(x.shape) == 4 and min(*k, *s, *d) > 0, "its sizes")
+    (c, h, w) = grid_of(x.shape)
+    out = [(n + 2 * q - e * (m - 1) - 1) // f + 1 for n, q, e, m, f in zip((h, w), p, d, k, s, strict=True)]
+    require(min(out) > 0, "its sizes")
+    return (c, h, w), [(t, (d[0] * t[0] - p[0], d[1] * t[1] - p[1])) for t in np.ndindex(*k)], (out[0], out[1])
 
 
 def _conv(
-    target: Grid, shapes: Any, input: Value, weight: Array, bias: Array | None = None, stride: Any = 1,
-    padding: Any = 0, dilation: Any = 1, groups: int = 1,
+    shape: Sequence[int], input: Value, weight: Array, bias: Array | None = None, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, groups: int = 1,
 ) -> Operation:  # fmt: skip
-    s, p, d = _pair(stride, (1, 1)), _pair(padding, (0, 0)), _pair(dilation, (1, 1))
+    s = _pair(stride, (1, 1))
     c_out, per, *size = weight.shape
-    c, h, w = input.grid
-    _require(len(size) == 2 and type(groups) is int and groups > 0 and per * groups == c, "the shape of the weight")
-    _require(c_out % groups == 0 and min(*s, *d, *size) > 0, "stride, dilation or groups")
-    out = [(n + 2 * q - e * (k - 1) - 1) // f + 1 for n, q, e, k, f in zip((h, w), p, d, size, s, strict=True)]
-    _require((c_out, *out) == target, f"its result is {[c_out, *out]}, not {list(target)}")
+    k = _pair(size, (0, 0))
+    grid, places, out = _windows(input, k, s, _pair(padding, (0, 0)), _pair(dilation, (1, 1)))
+    require(type(groups) is int and groups > 0 and per * groups == grid[0], "the shape of the weight")
+    require(c_out % groups == 0, "groups")
     taps = {}
-    for t in np.ndindex(*size):
-        tap = np.zeros((c_out, c))
+    for t, offset in places:
+        taps[offset] = np.zeros((c_out, grid[0]))
         for g in range(groups):
             rows = slice(g * c_out // groups, (g + 1) * c_out // groups)
-            tap[rows, g * per : (g + 1) * per] = weight[rows, :, t[0], t[1]]
-        taps[d[0] * t[0] - p[0], d[1] * t[1] - p[1]] = tap
-    _require(bias is None or bias.shape == (c_out,), "the shape of the bias")
-    return Operation([input.name], [Kernel(taps, input.grid, target, s)], 0.0 if bias is None else bias[:, None, None])
-
-
-def _linear(target: Grid, shapes: Any, input: Value, weight: Array, bias: Array | None = None) -> Operation:
-    _require(
-        len(shapes[input.name]) == 2 and weight.ndim == 2 and weight.shape[1] == input.grid[0], "the shape of weight"
-    )
-    _require(bias is None or bias.shape == weight.shape[:1], "the shape of the bias")
-    kernel = Kernel({(0, 0): weight}, input.grid, (len(weight), 1, 1))
-    return Operation([input.name], [kernel], 0.0 if bias is None else bias[:, None, None])
-
-
-def _slice(
-    target: Grid, shapes: Any, self: Value, dim: int = 0, start: int | None = None, end: int | None = None,
-    step: int = 1,
-) -> Operation:  # fmt: skip
-    axis = _axis(dim, shapes[self.name])
-    _require(type(step) is int and step > 0, "step")
-    _require(all(v is None or type(v) is int for v in (start, end)), "start or end")
-    kept = range(self.grid[axis])[start:end:step]
-    if axis == 0:
-        kernel = Kernel({(0, 0): eye(self.grid[0])[list(kept)]}, self.grid, (len(kept), *self.grid[1:]))
-    else:
-        offset = (kept.start, 0) if axis == 1 else (0, kept.start)
-        sides = (len(kept), self.grid[2]) if axis == 1 else (self.grid[1], len(kept))
-        stride = (step, 1) if axis == 1 else (1, step)
-        kernel = Kernel({offset: eye(self.grid[0])}, self.grid, (self.grid[0], *sides), stride)
-    return Operation([self.name], [kernel])
-
-
-def _narrow(target: Grid, shapes: Any, self: Value, dim: int, start: int, length: int) -> Operation:
-    _require(type(start) is int and type(length) is int and start >= 0 and length > 0, "start or length")
-    return _slice(target, shapes, self, dim, start, start + length)
-
-
-def _roll(target: Grid, shapes: Any, self: Value, shifts: Any, dims: Any) -> Operation:
-    offset = [0, 0, 0]
-    for shift, dim in zip(
-        shifts if isinstance(shifts, list) else [shifts], dims if isinstance(dims, list) else [dims], strict=True
-    ):
-        _require(type(shift) is int, "shifts")
-        offset[_axis(dim, shapes[self.name])] -= shift
-    if offset[0] % self.grid[0]:
-        _require(offset[1:] == [0, 0], "a roll along channels and positions")
-        return Operation(
-            [self.name], [Kernel({(0, 0): np.roll(eye(self.grid[0]), -offset[0], 0)}, self.grid, self.grid)]
-        )
-    where = (offset[1] % self.grid[1], offset[2] % self.grid[2])
-    return Operation([self.name], [Kernel({where: eye(self.grid[0])}, self.grid, self.grid, wraps=True)])
-
-
-def _cat(target: Grid, shapes: Any, tensors: list[Value], dim: int = 0) -> Operation:
-    _require(all(isinstance(x, Value) for x in tensors) and bool(tensors), "a constant among its arguments")
-    _require(_axis(dim, shapes[tensors[0].name]) == 0, "a concatenation along positions")
-    return Operation([x.name for x in tensors], placements([x.grid for x in tensors]))
-
-
-def _pad(
-    target: Grid, shapes: Any, self: Value, pad: list[int], mode: str = "constant", value: Any = None
-) -> Operation:
-    _require(mode in ("constant", "circular") and value in (None, 0), f"padding with {mode!r}")
-    _require(len(pad) in (2, 4) and len(shapes[self.name]) == 4 and all(type(p) is int for p in pad), "pad")
-    left, right, top, bottom = (*pad, 0, 0)[:4]
-    sides = (self.grid[1] + top + bottom, self.grid[2] + left + right)
-    _require(min(sides) > 0, "pad")
-    wraps = mode == "circular"
-    return Operation(
-        [self.name],
-        [Kernel({(-top, -left): eye(self.grid[0])}, self.grid, (self.grid[0], *sides), wraps=wraps)],
-    )
-
-
-def _sum(sign: float) -> Callable[..., Operation]:
-    def operator(target: Grid, shapes: Any, self: Any, other: Any, alpha: float = 1) -> Operation:
-        _require(type(alpha) in (int, float), "alpha")
-        inputs, kernels, offset = [], [], np.zeros(1)
-        for x, factor in ((self, 1.0), (other, sign * alpha)):
-            if isinstance(x, Value):
-                _require(x.grid == target, "broadcasting")
-                inputs.append(x.name)
-                kernels.append(Kernel({(0, 0): factor * eye(x.grid[0])}, x.grid, x.grid))
-            else:
-                _require(factor in (-1.0, 1.0) and not offset.any(), "a multiple of a constant")
-                value = self if isinstance(self, Value) else other
-                _require(isinstance(value, Value), "a sum of constants")
-                offset = factor * _spread(x, shapes[value.name], target)
-        return Operation(inputs, kernels, offset)
-
-    return operator
-
-
-def _spread(constant: Any, shape: Sequence[int], target: Grid) -> Array:
-    """Return a number or a tensor that broadcasts to a value as an array (c, h, w)."""
-    _require(type(constant) in (int, float, np.ndarray), "a constant")
-    array = np.asarray(constant, dtype=np.float64)
-    _require(np.broadcast_shapes(array.shape, tuple(shape)) == tuple(shape), "the shape of a constant")
-    return np.broadcast_to(array, tuple(shape)).reshape(target)
-
-
-def _product(target: Grid, shapes: Any, self: Any, other: Any) -> Operation:
-    x, constant = (self, other) if isinstance(self, Value) else (other, self)
-    _require(isinstance(x, Value) and not isinstance(constant, Value), "a product of two values")
-    factors = _spread(constant, shapes[x.name], target)
-    _require(bool((factors == factors[:, :1, :1]).all()), "a factor for each position")
-    eye(target[0])  # refuses too many
-    return Operation([x.name], [Kernel({(0, 0): np.diag(factors[:, 0, 0])}, x.grid, target)])
-
-
-def _center(target: Grid, shapes: Any, x: Value, dims: list[int]) -> Operation:
-    _require(isinstance(dims, list) and [_axis(d, shapes[x.name]) for d in dims] == [0], "centring over positions")
-    matrix = eye(target[0]) - 1.0 / target[0]
-    error = 2 * UNIT * frobenius(matrix) + 2 * UNIT  # of 1/c and of the difference
-    return Operation([x.name], [Kernel({(0, 0): matrix}, x.grid, x.grid, error=error)])
+            taps[offset][rows, g * per : (g + 1) * per] = weight[rows, :, t[0], t[1]]
+    return _through(Kernel(taps, grid, (c_out, *out), s), input, shape, bias)
 
 
 def _average(
-    target: Grid, shapes: Any, self: Value, kernel_size: Any, stride: Any = None, padding: Any = 0,
+    shape: Sequence[int], self: Value, kernel_size: Any, stride: Any = None, padding: Any = 0,
     ceil_mode: bool = False, count_include_pad: bool = True, divisor_override: Any = None,
 ) -> Operation:  # fmt: skip
     k, p = _pair(kernel_size, (1, 1)), _pair(padding, (0, 0))
     s = _pair(stride, k)
-    _require(ceil_mode is False and divisor_override is None and (count_include_pad is True or p == (0, 0)), "options")
-    _require(min(*k, *s) > 0, "sizes")
-    c, h, w = self.grid
-    out = (c, (h + 2 * p[0] - k[0]) // s[0] + 1, (w + 2 * p[1] - k[1]) // s[1] + 1)
-    part = eye(c) / (k[0] * k[1])
-    taps = {(a - p[0], b - p[1]): part for a, b in np.ndindex(*k)}
-    return Operation([self.name], [Kernel(taps, self.grid, out, s, error=UNIT * math.sqrt(c) * UP)])
+    require(ceil_mode is False and divisor_override is None and (count_include_pad is True or p == (0, 0)), "options")
+    (c, *sides), places, out = _windows(self, k, s, p)
+    part = np.eye(c) / (k[0] * k[1])
+    error = UNIT * math.sqrt(c) * UP
+    return _through(Kernel({t: part for _, t in places}, (c, *sides), (c, *out), s, error), self, shape)
 
 
-def _global_average(target: Grid, shapes: Any, self: Value, output_size: Any) -> Operation:
-    _require(_pair(output_size, (0, 0)) == (1, 1), "output_size")
-    return _average(target, shapes, self, list(self.grid[1:]))
+def _linear(shape: Sequence[int], input: Value, weight: Array, bias: Array | None = None) -> Operation:
+    """Multiply along the last dimension: each of the N rows of a value is a position of a grid (d, 1, N)."""
+    require(weight.ndim == 2 and weight.shape[1] == input.shape[-1], "the shape of the weight")
+    if len(input.shape) == 2:
+        return _through(pointwise(weight, (1, 1)), input, shape, bias)
+    count = math.prod(input.shape[:-1])
+    kernel = pointwise(weight, (1, count))
+    plain = _through(kernel, input, shape, bias)
+
+    def rows(array: Array) -> Array:
+        return np.swapaxes(array.reshape(len(array), count, -1), 1, 2)
+
+    def run(array: Array) -> tuple[Array, Array]:
+        result, arisen = plain.run(rows(array))
+        return np.swapaxes(result.reshape(len(array), -1, count), 1, 2).reshape(len(array), *shape), arisen
+
+    def trace(m: Map) -> Map:
+        require(m.kernel is None, "a product with more than moved entries")
+        made = Map.of(kernel, (len(weight), count), m.source, norm(m))
+        return made.moved(lambda array, fill: array.T.reshape(shape))
+
+    return replace(plain, run=run, trace=trace)
 
 
-def _mean(
-    target: Grid, shapes: Any, self: Value, dim: list[int], keepdim: bool = False, dtype: None = None
-) -> Operation:
-    _require(sorted(_axis(d, shapes[self.name]) for d in dim) == [1, 2] and dtype is None, "dim")
-    return _average(target, shapes, self, list(self.grid[1:]))
+def _sum(sign: float) -> Callable[..., Operation]:
+    def operator(shape: Sequence[int], self: Any, other: Any, alpha: float = 1) -> Operation:
+        require(type(alpha) is int and alpha == 1, "alpha")
+        if sign > 0 and not isinstance(self, Value):
+            self, other = other, self
+        require(isinstance(self, Value), "a constant less a value")
+        constant = None if isinstance(other, Value) else sign * _constant(other, self.shape)
+        require(constant is not None or list(self.shape) == list(other.shape), "broadcasting")
 
+        def run(*arrays: Array) -> tuple[Array, Array]:
+            result = arrays[0] + (constant if constant is not None else sign * arrays[1])
+            return result, gamma(2) * norms(result)
 
-def _unshuffle(target: Grid, shapes: Any, self: Value, downscale_factor: int) -> Operation:
-    (c, h, w), r = self.grid, downscale_factor
-    _require(type(r) is int and 0 < r <= min(h, w) and h % r == 0 and w % r == 0, "downscale_factor")
-    taps = {}
-    for t in np.ndindex(r, r):
-        tap = np.zeros((c, r * r, c))
-        tap[:, t[0] * r + t[1]] = eye(c)
-        taps[t] = tap.reshape(c * r * r, c)
-    return Operation([self.name], [Kernel(taps, self.grid, (c * r * r, h // r, w // r), (r, r))])
+        def trace(first: Map, *more: Map) -> Map:
+            if constant is not None:
+                return first
+            second = replace(more[0], scale=sign * more[0].scale)
+            return Map.of(total(first.as_kernel(), second.as_kernel()), shape, first.source)
 
-
-def _maxmin(target: Grid, shapes: Any, a: Value, b: Value, dim: int, flipped: bool, stacked: bool) -> Operation:
-    """max and min of two values: (a, b) -> (max, min) swaps or keeps each pair, so it is 1-Lipschitz together."""
-    _require(
-        a.grid == b.grid and stacked is False and type(flipped) is bool and _axis(dim, shapes[a.name]) == 0,
-        "this arrangement",
-    )
-
-    def sort(x: Array, y: Array) -> Array:
-        pair = [np.maximum(x, y), np.minimum(x, y)]
-        return np.concatenate(pair[::-1] if flipped else pair, axis=1)
-
-    return Operation([a.name, b.name], function=sort)
-
-
-def _entrywise(
-    function: Callable[[Array], Array], constant: float, units: int = 0, absolute: bool = False
-) -> Callable[..., Operation]:
-    def operator(target: Grid, shapes: Any, self: Value) -> Operation:
-        return Operation([self.name], function=function, constant=constant, units=units, absolute=absolute)
+        inputs = [self.name] if constant is not None else [self.name, other.name]
+        return Operation(inputs, [1.0] * len(inputs), run, trace)
 
     return operator
 
 
-def _leaky(target: Grid, shapes: Any, self: Value, negative_slope: float = 0.01) -> Operation:
-    _require(type(negative_slope) in (int, float), "negative_slope")
-    slope = max(1.0, abs(negative_slope))
-    return Operation([self.name], function=lambda x: np.where(x > 0, x, x * negative_slope), constant=slope, units=1)
+def _constant(constant: Any, shape: Sequence[int]) -> Array:
+    """Return a number or a tensor that is broadcast to a value."""
+    require(type(constant) in (int, float, np.ndarray), "a constant")
+    array = np.asarray(constant, dtype=np.float64)
+    require(np.broadcast_shapes(array.shape, tuple(shape)) == tuple(shape), "the shape of a constant")
+    return np.broadcast_to(array, tuple(shape))
 
 
-def _clamp(target: Grid, shapes: Any, self: Value, min_val: float = -1.0, max_val: float = 1.0) -> Operation:
-    _require(type(min_val) in (int, float) and type(max_val) in (int, float) and min_val <= max_val, "limits")
-    return Operation([self.name], function=lambda x: np.clip(x, min_val, max_val))
+def _product(shape: Sequence[int], self: Any, other: Any) -> Operation:
+    x, constant = (self, other) if isinstance(self, Value) else (other, self)
+    require(isinstance(x, Value) and not isinstance(constant, Value), "a product of two values")
+    factors = _constant(constant, x.shape)
+
+    def run(array: Array) -> tuple[Array, Array]:
+        return array * factors, gamma(2) * norms(array * factors)
+
+    def trace(m: Map) -> Map:
+        if not np.isin(m.scale, (-1, 0, 1)).all():
+            m = Map.of(m.as_kernel(), shape, m.source)
+        return replace(m, scale=m.scale * factors)
+
+    return Operation([x.name], [float(np.abs(factors).max())], run, trace)
 
 
-def _flatten(target: Grid, shapes: Any, self: Value, start_dim: int = 0, end_dim: int = -1) -> Operation:
-    _require(start_dim == 1 and end_dim in (-1, len(shapes[self.name]) - 1), "start_dim or end_dim")
-    return _view(self, target)
+def _center(shape: Sequence[int], x: Value, dims: list[int]) -> Operation:
+    """Subtract the mean over some dimensions: an orthogonal projection."""
+    require(bool(dims) and all(type(d) is int and 0 < d < len(x.shape) for d in dims), "dims")
+    axes, count = tuple(d + 1 for d in dims), math.prod(x.shape[d] for d in dims)
+
+    def run(array: Array) -> tuple[Array, Array]:
+        majorant = np.abs(array) + np.abs(array).mean(axes, keepdims=True)
+        return array - array.mean(axes, keepdims=True), gamma(count + 8) * norms(majorant)
+
+    def trace(m: Map) -> Map:
+        matrix = np.eye(shape[1]) - 1.0 / shape[1]
+        error = 2 * UNIT * frobenius(matrix) + 2 * UNIT  # of 1/c and of the difference
+        return Map.of(compose(pointwise(matrix, grid_of(shape)[1:], error), m.as_kernel()), shape, m.source)
+
+    return Operation([x.name], [1.0], run, trace if dims == [1] else None)
 
 
-def _same(target: Grid, shapes: Any, self: Value, **ignored: Any) -> Operation:
-    return _view(self, target)
+def _cat(shape: Sequence[int], tensors: list[Value], dim: int = 0) -> Operation:
+    require(bool(tensors) and all(isinstance(x, Value) for x in tensors), "a constant among its arguments")
+    require(type(dim) is int and -len(shape) <= dim < len(shape), "dim")
+    dim = dim % len(shape)
+
+    def run(*arrays: Array) -> tuple[Array, Array]:
+        return np.concatenate(arrays, dim + 1), np.zeros(len(arrays[0]))
+
+    return Operation([x.name for x in tensors], [1.0] * len(tensors), run, lambda *maps: joined(maps, dim), True)
 
 
-AFFINE: dict[str, Callable[..., Operation]] = {
+def _maxmin(shape: Sequence[int], a: Value, b: Value, dim: int, flipped: bool, stacked: bool) -> Operation:
+    """max and min of two values: (a, b) -> (max, min) swaps or keeps each pair, so it is 1-Lipschitz together."""
+    require(a.shape == b.shape and stacked is False and type(flipped) is bool, "this arrangement")
+    require(type(dim) is int and 0 < dim < len(shape), "dim")
+
+    def run(x: Array, y: Array) -> tuple[Array, Array]:
+        pair = [np.maximum(x, y), np.minimum(x, y)]
+        return np.concatenate(pair[::-1] if flipped else pair, dim + 1), np.zeros(len(x))
+
+    return Operation([a.name, b.name], [1.0, 1.0], run, joint=True)
+
+
+def _normalize(shape: Sequence[int], x: Value, dim: int, eps: float, kind: str) -> Operation:
+    """x/√(‖x‖² + ε) by rows, of norm below 1; its derivative (I - yy*)/√(‖x‖² + ε) is at most 1/√ε."""
+    require(kind == "squares" and type(dim) is int and dim == len(shape) - 1, "another normalisation than of rows")
+    require(type(eps) in (int, float) and 2.0**-60 < eps < 2.0**60, "eps")
+
+    def run(array: Array) -> tuple[Array, Array]:
+        result = array / np.sqrt(np.square(array).sum(-1, keepdims=True) + eps)
+        return result, gamma(shape[-1] + 16) * norms(result)
+
+    return Operation([x.name], [1.0 / math.sqrt(eps) * UP], run)
+
+
+def _attention(
+    shape: Sequence[int], query: Value, key: Value, value: Value, attn_mask: Array | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+) -> Operation:  # fmt: skip
+    """softmax(s QKᵀ + B) V, window by window and head by head, with all rows of norm at most R.
+
+    dO_i = Σ_j p_ij (v_j - v̄_i) dS_ij + Σ_j p_ij dv_j, dS_ij = s(⟨dq_i, k_j⟩ + ⟨q_i, dk_j⟩). With V_i = Σ_j p_ij ‖v_j -
+    v̄_i‖², Cauchy-Schwarz for the probabilities p_i· gives at most |s|R²‖dq_i‖ for the part of dq, and (Σ_i p_ij V_i)
+    s²R²‖dk_j‖², summed over j, for the square of that of dk; the part of dv is at most √(largest column sum) ‖dV‖, as
+    ‖P‖² ≤ ‖P‖₁‖P‖_∞. Scores of one row differ by at most D = 2|s|R² + osc(B), so p_ij ≤ q = e^D/(e^D + M - 1) for M
+    keys. V_i ≤ R²; and if p_ij ≥ 1/2 for a v_j of length ρ, V_i ≤ pρ² + (1-p)R² - max(0, pρ - (1-p)R)² ≤ 4p(1-p)R²
+    (where the maximum is 0, pρ² + (1-p)R² ≤ (1-p)R²/p; elsewhere it increases with ρ). So p_ij V_i ≤ h(p_ij) R² with
+    h(p) = p, from 1/2 on 4p²(1-p), which is at most 16/27, at p = 2/3. docs/bounds.md 3.
+    """
+    require(enable_gqa is False and is_causal is False and dropout_p == 0.0, "another attention")
+    require(query.unit and key.unit and value.unit, "rows without a bound: queries, keys and values are normalised")
+    (*lead, n, d), (*others, m, _) = query.shape, key.shape
+    require(key.shape == value.shape and lead == others and key.shape[-1] == d and len(lead) > 0, "its shapes")
+    factor = 1.0 / math.sqrt(d) if scale is None else scale
+    require(type(factor) in (int, float) and abs(factor) < 1e6, "scale")
+    bias = np.zeros((1, 1)) if attn_mask is None else attn_mask
+    require(np.broadcast_shapes(bias.shape, (*lead, n, m)) == (*lead, n, m), "the shape of attn_mask")
+    bias = np.broadcast_to(bias, (*bias.shape[:-2], n, m))
+    s = abs(factor) * UP
+    spread = min((2 * s * WIDE**2 + float((bias.max(-1) - bias.min(-1)).max())) * UP, 600.0)
+    q = min(1.0, math.exp(spread) / (math.exp(spread) + m - 1) * UP) if spread < 600.0 else 1.0
+    p = min(q, 2 / 3)
+    varying = 0.0 if m == 1 else (q if q <= 0.5 else 4 * p * p * (1 - p)) * UP
+    along = s * WIDE**2 * (m > 1)
+    factors = [along * UP, s * WIDE**2 * math.sqrt(n * varying) * UP, math.sqrt(n * q) * UP]
+
+    def run(queries: Array, keys: Array, values: Array) -> tuple[Array, Array]:
+        scores = factor * (queries @ keys.swapaxes(-1, -2)) + bias
+        largest = np.abs(queries) @ np.abs(keys).swapaxes(-1, -2) * s + np.abs(bias)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights = weights / weights.sum(-1, keepdims=True)
+        # scores within δ change probabilities by a factor e^±2δ; the difference to the largest is rounded once more
+        delta = (gamma(d + 8) * largest.reshape(len(queries), -1).max(1) + 1e-300) * 2
+        relative = np.expm1(np.minimum(2 * delta, 1.0)) + gamma(m + 64)
+        error = np.where(delta < 2.0**-10, 2 * relative, math.inf)
+        return weights @ values, error * norms(weights @ np.abs(values))
+
+    return Operation([query.name, key.name, value.name], factors, run, margin=2.0**-10)
+
+
+OPERATORS: dict[str, Callable[..., Operation]] = {
+    **{name: _moving(function) for name, function in MOVES.items()},
+    "aten.pad.default": _pad,
     "aten.conv2d.default": _conv,
     "aten.linear.default": _linear,
-    "aten.slice.Tensor": _slice,
-    "aten.narrow.default": _narrow,
-    "aten.roll.default": _roll,
+    "aten.avg_pool2d.default": _average,
     "aten.cat.default": _cat,
-    "aten.pad.default": _pad,
     "aten.add.Tensor": _sum(1.0),
     "aten.sub.Tensor": _sum(-1.0),
     "aten.mul.Tensor": _product,
     "lipcert.center": _center,
-    "aten.avg_pool2d.default": _average,
-    "aten.adaptive_avg_pool2d.default": _global_average,
-    "aten.mean.dim": _mean,
-    "aten.pixel_unshuffle.default": _unshuffle,
-    "aten.flatten.using_ints": _flatten,
-    **dict.fromkeys(
-        (
-            "aten.view.default", "aten.reshape.default", "aten._unsafe_view.default",
-            "aten.clone.default", "aten.contiguous.default", "aten.alias.default", "aten.squeeze.dims",
-        ),
-        _same,
-    ),
-}  # fmt: skip
-IMAGES = ("aten.conv2d.default", "aten.avg_pool2d.default", "aten.adaptive_avg_pool2d.default",
-          "aten.pixel_unshuffle.default")  # fmt: skip
-EQUAL = ("aten.add.Tensor", "aten.sub.Tensor", "aten.mul.Tensor")
-FUNCTIONS: dict[str, tuple[str, Callable[..., Operation]]] = {  # with the rule that a step calls them by
-    "lipcert.maxmin": ("MaxMin", _maxmin),
-    "aten.relu.default": ("relu", _entrywise(lambda x: np.maximum(x, 0.0), 1.0)),
-    "aten.abs.default": ("abs", _entrywise(np.abs, 1.0)),
-    "aten.leaky_relu.default": ("leaky_relu", _leaky),
-    "aten.hardtanh.default": ("hardtanh", _clamp),
-    "aten.tanh.default": ("tanh", _entrywise(np.tanh, 1.0, 8, True)),
-    "aten.sigmoid.default": ("sigmoid", _entrywise(lambda x: 0.5 + 0.5 * np.tanh(0.5 * x), 0.25, 8, True)),
+    "lipcert.maxmin": _maxmin,
+    "lipcert.normalize": _normalize,
+    "aten.scaled_dot_product_attention.default": _attention,
 }
+RULES = {"lipcert.maxmin": "MaxMin", "aten.scaled_dot_product_attention.default": "attention"}
 
 
 class Program:
@@ -803,8 +948,8 @@ class Program:
 
     def __init__(self, record: Any, tensors: Mapping[str, Array]) -> None:
         only(record, ("schema", "input", "output", "nodes", "sha256"), "program")
-        if take(record, "schema", int, "program") != SCHEMA:
-            raise Rejected(f"program: schema {record['schema']} is not {SCHEMA}, the one that this checker knows")
+        schema = take(record, "schema", int, "program")
+        require(schema == SCHEMA, f"program: schema {schema} is not {SCHEMA}, the one that this checker knows")
         self.tensors = tensors
         self.nodes: dict[str, dict[str, Any]] = {}
         self.input, self.output = take(record, "input", str, "program"), take(record, "output", str, "program")
@@ -812,58 +957,41 @@ class Program:
             name = take(node, "name", str, f"node {i}")
             where = f"node {i} ({name})"
             only(node, ("name", "op", "shape", "arguments", "output"), where)
-            if name in self.nodes:
-                raise Rejected(f"{where}: the name appears twice")
+            require(name not in self.nodes, f"{where}: the name appears twice")
             shape = take(node, "shape", list, where)
-            if not all(type(side) is int for side in shape):
-                raise Rejected(f"{where}: 'shape' is malformed")
-            if (take(node, "op", str, where) == "input") != (i == 0) or (i == 0) != (name == self.input):
-                raise Rejected(f"{where}: the input is the first node, and no other")
+            require(all(type(side) is int and side > 0 for side in shape), f"{where}: 'shape' is malformed")
+            require(math.prod(shape) <= ENTRIES, f"{where}: 'shape' is too large")
+            first = take(node, "op", str, where) == "input"
+            require(first == (i == 0) == (name == self.input), f"{where}: the input is the first node, and no other")
             for argument in _leaves(take(node, "arguments", dict, where)):
                 if "value" in argument and argument["value"] not in self.nodes:
                     raise Rejected(f"{where}: the value {argument['value']!r} is not that of an earlier node")
                 if "tensor" in argument and argument["tensor"] not in tensors:
                     raise Rejected(f"{where}: there is no tensor {argument['tensor']!r}")
             self.nodes[name] = node
-        if self.output not in self.nodes:
-            raise Rejected(f"program: there is no node {self.output!r}")
+        require(self.output in self.nodes, f"program: there is no node {self.output!r}")
         self.order = {name: i for i, name in enumerate(self.nodes)}
-        self.shapes = {name: node["shape"] for name, node in self.nodes.items()}
         self._operations: dict[str, Operation] = {}
-        self._paths: dict[tuple[str, ...], float] = {}
 
-    def grid(self, name: str) -> Grid:
-        return grid_of(self.shapes[name])
-
-    def is_affine(self, name: str) -> bool:
-        return self.nodes[name]["op"] in AFFINE
+    def shape(self, name: str) -> Sequence[int]:
+        return self.nodes[name]["shape"]
 
     def operation(self, name: str) -> Operation:
         """Return what a node computes; Rejected with the name of its operator if this is not known."""
-        if name in self._operations:
-            return self._operations[name]
-        node = self.nodes[name]
-        known = AFFINE.get(node["op"]) or FUNCTIONS.get(node["op"], (None, None))[1]
-        try:
-            _require(known is not None and node.get("output") is None, "it is not known here")
-            assert known is not None
-            target = self.grid(name)
-            arguments = {key: self._argument(value) for key, value in node["arguments"].items()}
-            made = known(target, self.shapes, **arguments)
-            if made.function is None:
-                _require(bool(made.inputs) and all(k.target == target for k in made.kernels), "the shape of the result")
-                before = [self.shapes[x] for x in made.inputs]
-                _require(node["op"] not in IMAGES or all(len(s) == 4 for s in before), "an argument that is no image")
-                _require(node["op"] not in EQUAL or all(s == node["shape"] for s in before), "broadcasting")
-            else:
-                grids = [self.grid(x) for x in made.inputs]
-                _require(target == (sum(g[0] for g in grids), *grids[0][1:]), "the shape of the result")
-        except (TypeError, ValueError, AttributeError, IndexError) as error:
-            raise Rejected(f"operator {node['op']} ({name}) cannot be rechecked: arguments ({error})") from error
-        except Rejected as error:
-            raise Rejected(f"operator {node['op']} ({name}) cannot be rechecked: {error}") from error
-        self._operations[name] = made
-        return made
+        if name not in self._operations:
+            node = self.nodes[name]
+            try:
+                require(node["op"] in OPERATORS and node.get("output") is None, "it is not known here")
+                arguments = {key: self._argument(value) for key, value in node["arguments"].items()}
+                made = OPERATORS[node["op"]](node["shape"], **arguments)
+                zeros = [np.zeros((1, *self.shape(x))) for x in made.inputs]
+                require(list(made.run(*zeros)[0].shape) == [1, *node["shape"]], "the shape of the result")
+            except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+                raise Rejected(f"operator {node['op']} ({name}) cannot be rechecked: arguments ({error})") from error
+            except Rejected as error:
+                raise Rejected(f"operator {node['op']} ({name}) cannot be rechecked: {error}") from error
+            self._operations[name] = made
+        return self._operations[name]
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, list):
@@ -871,9 +999,11 @@ class Program:
         if not isinstance(value, dict):
             return value
         if set(value) == {"value"}:
-            return Value(value["value"], self.grid(value["value"]))
+            name = value["value"]
+            unit = self.nodes[name]["op"] == "lipcert.normalize" and self.operation(name).joint is False
+            return Value(name, self.shape(name), unit)
         if set(value) == {"tensor"}:
-            _require(self.tensors[value["tensor"]].dtype == np.float64, "a tensor of integers")
+            require(self.tensors[value["tensor"]].dtype == np.float64, "a tensor of integers")
             return self.tensors[value["tensor"]]
         raise Rejected(f"the argument {json.dumps(value)[:60]}")
 
@@ -885,44 +1015,31 @@ class Program:
             name = waiting.pop()
             if name == source or name in found:
                 continue
-            if self.order[name] < self.order[source] or not self.is_affine(name):
+            before = self.order[name] < self.order[source]
+            if before or self.operation(name).trace is None:
                 raise Rejected(f"it is not an affine function of {source} alone, because of {name}")
             found.add(name)
             waiting.extend(self.operation(name).inputs)
         return sorted(found, key=self.order.__getitem__)
 
-    def trace(self, values: Sequence[str], start: str, nodes: Sequence[str]) -> Kernel:
-        """Return the linear map from `start` to the values, one above the other, through `nodes` (of `between`)."""
-        maps = {start: identity(self.grid(start))}
-        for name in nodes:
-            if name == start:
-                continue
+    def maps(self, values: Sequence[str], source: str) -> list[Map]:
+        """Return the linear maps from the source to values that are affine functions of it alone."""
+        made = {source: identity(self.shape(source))}
+        for name in self.between(values, source):
             operation = self.operation(name)
+            assert operation.trace is not None
             try:
-                inputs = zip(operation.inputs, operation.kernels, strict=True)
-                if parts := [compose(kernel, maps[x]) for x, kernel in inputs if x in maps]:
-                    maps[name] = total(parts)
+                made[name] = operation.trace(*(made[x] for x in operation.inputs))
             except Rejected as error:
                 raise Rejected(f"operator {self.nodes[name]['op']} ({name}) cannot be rechecked: {error}") from error
-        missing = [name for name in values if name not in maps]
-        if missing:
-            raise Rejected(f"{missing[0]} does not depend on {start}")
-        return maps[values[0]] if len(values) == 1 else stack([maps[name] for name in values])
-
-    def path(self, values: Sequence[str], start: str, nodes: Sequence[str]) -> float:
-        """Return a cheap bound of the norm of the map from a node to values."""
-        key = (start, *values, *nodes[:1])
-        if key not in self._paths:
-            self._paths[key] = cheap_norm(self.trace(values, start, nodes))
-        return self._paths[key]
+        return [made[name] for name in values]
 
 
 def _leaves(arguments: Any) -> Iterator[dict[str, Any]]:
     """Yield the references in the arguments of a node."""
     for argument in arguments.values() if isinstance(arguments, dict) else arguments:
         if isinstance(argument, dict):
-            if not all(isinstance(name, str) for name in argument.values()):
-                raise Rejected("program: an argument is malformed")
+            require(all(isinstance(name, str) for name in argument.values()), "program: an argument is malformed")
             yield argument
         elif isinstance(argument, list):
             yield from _leaves(argument)
@@ -940,120 +1057,127 @@ class Step:
     factors: Sequence[float]  # own
     joint: bool
     claimed: Sequence[float]
-    arguments: Sequence[str]  # affine functions of the only source, or the sources; the value itself if it is affine
-    nodes: Sequence[str]  # between the only source and the arguments
+    nodes: Sequence[str]  # between the sources and the value, which is the last of them
+    branches: Sequence[tuple[str, str, Sequence[Step]]] = ()  # start, end, steps
 
 
-def prove(program: Program, proof: Any) -> tuple[list[Step], dict[str, float], list[str]]:
-    """Confirm every step; return them, own bounds of the values, and the heads."""
-    only(proof, ("steps", "upper", "heads"), "proof")
-    claimed: dict[str, Fraction] = {program.input: Fraction(1)}
-    bounds: dict[str, float] = {program.input: 1.0}
+def prove(program: Program, records: Any, base: str, where: str = "") -> tuple[list[Step], dict[str, float]]:
+    """Confirm steps that bound values as functions of `base`; return them and own bounds of the values."""
+    claimed: dict[str, Fraction] = {base: Fraction(1)}
+    bounds: dict[str, float] = {base: 1.0}
     steps = []
-    for i, record in enumerate(take(proof, "steps", list, "proof")):
-        where = f"step {i}"
-        only(record, ("value", "rule", "sources", "factors", "joint", "bound", "method"), where)
-        value, rule = take(record, "value", str, where), take(record, "rule", str, where)
-        where = f"step {i} ({value}, {rule})"
-        sources, factors = take(record, "sources", list, where), take(record, "factors", list, where)
-        take(record, "method", str, where)
-        joint, bound = take(record, "joint", bool, where), _number(record, "bound", where)
-        if value not in program.nodes or value in bounds:
-            raise Rejected(f"{where}: the value is no node, or was bounded before")
-        if not sources or len(sources) != len(factors):
-            raise Rejected(f"{where}: sources and factors do not correspond")
+    for i, record in enumerate(records):
+        here = f"{where}step {i}"
+        only(record, ("value", "rule", "sources", "factors", "joint", "bound", "method", "branches"), here)
+        value, rule = take(record, "value", str, here), take(record, "rule", str, here)
+        here = f"{here} ({value}, {rule})"
+        sources, factors = take(record, "sources", list, here), take(record, "factors", list, here)
+        method = take(record, "method", str, here)
+        joint, bound = take(record, "joint", bool, here), number_of(record, "bound", here)
+        known = value in program.nodes and value not in bounds
+        require(known, f"{here}: the value is no node, or was bounded before")
+        require(0 < len(sources) == len(factors), f"{here}: sources and factors do not correspond")
         for source in sources:
             if not isinstance(source, str) or source not in claimed:
-                raise Rejected(f"{where}: the source {source!r} is not the input or the value of an earlier step")
-        numbers = [_number({"factor": factor}, "factor", where) for factor in factors]
+                raise Rejected(f"{here}: the source {source!r} is not the input or the value of an earlier step")
+        numbers = [number_of({"factor": factor}, "factor", here) for factor in factors]
+        aim = Aim(numbers[0], "open" in method, "twisted" in method)
+        branches = take(record, "branches", list, here) if "branches" in record else None
         try:
-            step = _confirm(program, value, rule, sources, numbers, joint)
+            own, nodes, inner = _confirm(program, value, rule, sources, joint, branches, aim, here)
+            for factor, found in zip(numbers, own, strict=True):
+                require(found <= factor, f"the factor {factor!r} is below {found!r}, which is what can be proved")
         except Rejected as error:
-            raise Rejected(f"{where}: {error}") from error
+            raise error if str(error).startswith(here) else Rejected(f"{here}: {error}") from error
         parts = [Fraction(f) * claimed[s] for f, s in zip(numbers, sources, strict=True)]
         squared = sum(p * p for p in parts) if joint else sum(parts) ** 2
         if Fraction(bound) ** 2 < squared:
-            raise Rejected(f"{where}: the bound {bound!r} is below what its factors give, {math.sqrt(squared)!r}")
+            raise Rejected(f"{here}: the bound {bound!r} is below what its factors give, {math.sqrt(squared)!r}")
         claimed[value] = Fraction(bound)
-        own = [f * bounds[s] for f, s in zip(step.factors, sources, strict=True)]
-        bounds[value] = (math.hypot(*own) if joint else sum(own)) * (1.0 if step.factors == [1.0] else UP)
-        steps.append(step)
-    if program.output not in claimed:
-        raise Rejected("proof: no step bounds the output")
-    upper = _number(proof, "upper", "proof")
-    if Fraction(upper) < claimed[program.output]:
-        raise Rejected(f"proof: upper {upper!r} is below the bound of the output")
-    heads = take(proof, "heads", list, "proof")
-    for head in heads:
-        if not isinstance(head, str) or head not in bounds:
-            raise Rejected(f"proof: the head {head!r} has no step")
-    return steps, bounds, heads
-
-
-def _number(record: Any, key: str, where: str) -> float:
-    value = take(record, key, (int, float), where)
-    if not 0 <= value < math.inf:
-        raise Rejected(f"{where}: {key} {value!r} is not a finite number from 0")
-    return float(value)
+        mine = [f * bounds[s] for f, s in zip(own, sources, strict=True)]
+        bounds[value] = (math.hypot(*mine) if joint else sum(mine)) * (1.0 if own == [1.0] else UP)
+        steps.append(Step(value, sources, own, joint, numbers, nodes, inner))
+    return steps, bounds
 
 
 def _confirm(
-    program: Program, value: str, rule: str, sources: Sequence[str], claimed: Sequence[float], joint: bool
-) -> Step:
-    """Find own factors for a step and compare; Rejected without saying where."""
+    program: Program,
+    value: str,
+    rule: str,
+    sources: Sequence[str],
+    joint: bool,
+    branches: Any,
+    aim: Aim,
+    where: str,
+) -> tuple[list[float], list[str], list[tuple[str, str, Sequence[Step]]]]:
+    """Return own factors of a step, the nodes that it passes, and its branches, proved."""
+    require(rule != "chain", "bounds of chains of affine maps and activations cannot be rechecked")
     op = program.nodes[value]["op"]
-    nodes: Sequence[str] = ()
-    if rule == "chain":
-        raise Rejected("bounds of chains of affine maps and activations cannot be rechecked yet")
-    if rule == "affine":
-        _require(len(sources) == 1, "an affine function has one source")
-        arguments: Sequence[str] = [value]
-        nodes = program.between(arguments, sources[0])
-        factors = [norm(program.trace(arguments, sources[0], nodes))]
-    elif op in FUNCTIONS:
-        _require(rule == FUNCTIONS[op][0], f"the operator of the value is {op}, which is not called {rule!r}")
-        operation = program.operation(value)
-        arguments = operation.inputs
-        if len(sources) == 1 and list(sources) != list(arguments):
-            nodes = program.between(arguments, sources[0])
-            factors = [norm(program.trace(arguments, sources[0], nodes))]
-            factors = [f if operation.constant == 1.0 else f * operation.constant * UP for f in factors]
-        else:
-            _require(list(sources) == list(arguments), "the sources are not its arguments in order")
-            factors = [operation.constant] * len(sources)
-    elif program.is_affine(value):
-        operation = program.operation(value)
-        arguments = operation.inputs
-        names = {"aten.add.Tensor": "add", "aten.sub.Tensor": "sub", "aten.cat.default": "cat"}
-        _require(op in names and rule == names[op], f"the operator of the value is {op}, which is not called {rule!r}")
-        _require(list(sources) == list(arguments), "the sources are not its arguments in order")
-        factors = [norm(kernel) for kernel in operation.kernels]
-        if joint:
-            _require(op == "aten.cat.default", "only what is side by side counts jointly")
-    else:
-        program.operation(value)  # says that it is not known
-        raise Rejected(f"operator {op} cannot be rechecked")
-    for factor, own in zip(claimed, factors, strict=True):
-        if not own <= factor:
-            raise Rejected(f"the factor {factor!r} is below {own!r}, which is what can be proved")
-    return Step(value, sources, factors, joint, claimed, arguments, nodes)
+    operation = program.operation(value)
+    affine = operation.trace is not None
+    own = RULES.get(op, op.split(".")[1] if "." in op else op)
+    require(rule == own or (rule == "affine" and affine), f"the operator of the value is {op}, not called {rule!r}")
+    arguments = list(operation.inputs)
+    if branches is not None:
+        require(op == "aten.cat.default" and len(sources) == 1, "only a concatenation of one source has branches")
+        factor, proved = _branches(program, arguments, sources[0], branches, where)
+        return [factor], [value], proved
+    if affine and len(sources) == 1:
+        nodes = program.between([value], sources[0])
+        return [norm(program.maps([value], sources[0])[0], aim)], nodes, []
+    if list(sources) == arguments:
+        require(operation.joint or not joint, "only what is side by side counts jointly")
+        return list(operation.factors), [value], []
+    require(len(sources) == 1, "the sources are not its arguments in order")
+    require(operation.joint or len(arguments) == 1, "the sources are not its arguments in order")
+    nodes = program.between(arguments, sources[0])
+    factor = max(operation.factors)
+    found = joint_norm(program.maps(arguments, sources[0]), replace(aim, enough=aim.enough / factor))
+    return [found if factor == 1.0 else found * factor * UP], [*nodes, value], []
+
+
+def _branches(
+    program: Program, arguments: Sequence[str], source: str, branches: Sequence[Any], where: str
+) -> tuple[float, list[tuple[str, str, Sequence[Step]]]]:
+    """Bound a concatenation whose parts are functions f_i of different parts s_i = S_i x of one source.
+
+    If f_i has the constant b_i, ‖Δvalue‖² = Σ ‖Δf_i‖² ≤ max b_i² Σ ‖Δs_i‖² ≤ max b_i² ‖(S_i)_i‖² ‖Δx‖².
+    """
+    require(len(branches) == len(arguments), "there is not one branch for each part")
+    proved, largest = [], 0.0
+    for i, (record, end) in enumerate(zip(branches, arguments, strict=True)):
+        here = f"{where}, branch {i}: "
+        only(record, ("start", "steps"), here[:-2])
+        start = take(record, "start", str, here[:-2])
+        require(start in program.nodes, f"{here}there is no node {start!r}")
+        steps, bounds = prove(program, take(record, "steps", list, here[:-2]), start, here)
+        require(end in bounds, f"{here}no step bounds {end}")
+        proved.append((start, end, steps))
+        largest = max(largest, bounds[end])
+    starts = joint_norm(program.maps([start for start, _, _ in proved], source))
+    return (largest if starts == 1.0 else largest * starts * UP), proved
 
 
 def pairwise(program: Program, bounds: Mapping[str, float], heads: Sequence[str]) -> tuple[Array, dict[str, Array]]:
-    """Return own bounds L (k, k) of z_i - z_j, and for each head the distances ‖w_i - w_j‖ (k, k)."""
-    k, *position = program.grid(program.output)
-    if position != [1, 1] or k < 2:
-        raise Rejected("the output is not a vector of logits")
-    best = np.full((k, k), math.sqrt(2) * bounds[program.output] * UP)
+    """Return own bounds L (k, k) of z_i - z_j, and for each head the distances ‖w_i - w_j‖ (k, k).
+
+    Where the output is a map of logits (1, k, h, w), those at one position, which are W times the head there, plus b.
+    """
+    shape = program.shape(program.output)
+    require(len(shape) in (2, 4) and shape[0] == 1 and shape[1] > 1, "the output is not a vector of logits")
+    best = np.full((shape[1], shape[1]), math.sqrt(2) * bounds[program.output] * UP)
     distances = {}
     for head in heads:
         try:
-            _require(head != program.output, "it is the output itself")
-            kernel = program.trace([program.output], head, program.between([program.output], head))
+            require(head != program.output, "it is the output itself")
+            kernel = _phases(program.maps([program.output], head)[0].as_kernel())
+            if len(shape) == 2:
+                kernel = opened(opened(kernel, 0), 1)
+            require({*kernel.taps} == {(0, 0)}, "the output is no matrix times it")
         except Rejected as error:
             raise Rejected(f"proof: the head {head!r}: {error}") from error
-        rows = rows_of(kernel)
-        distances[head] = (np.stack([_norms(rows - row) for row in rows]) + 2 * kernel.error) * UP
+        rows = kernel.taps[0, 0]
+        distances[head] = (np.stack([norms(rows - row) for row in rows]) + 2 * kernel.error) * UP
         best = np.minimum(best, bounds[head] * distances[head] * UP)
     return best, distances
 
@@ -1061,79 +1185,112 @@ def pairwise(program: Program, bounds: Mapping[str, float], heads: Sequence[str]
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-def evaluate(
-    program: Program, steps: Sequence[Step], heads: Sequence[str], images: Array
-) -> tuple[Array, Array, dict[str, tuple[Array, Array]]]:
-    """Return logits (n, k), l2 bounds E (n,) of their errors, and (error, what arises after it) for heads.
+@dataclass(frozen=True)
+class Evaluated:
+    """Logits (n, k, …) of images, l2 bounds (n,) of their errors, and by head: its error, and what arises after it."""
 
-    At each node, something arises: for Σ_j B_j x_j + b, by rounding t terms at most gamma(t)(Σ_j|B_j||x_j| + |b|)
-    entry by entry, and ‖B_j computed - B_j‖‖x_j‖; nothing if entries are only moved. What arises at a node of a step
-    reaches its value through the linear map between them (bounded by row and column sums), what the source of the step
-    brings through the proved factor:
+    logits: Array
+    error: Array
+    heads: Mapping[str, tuple[Array, Array]]
 
-        e(value) ≤ Σ_i factor_i e(source_i) + constant Σ_(nodes n between) ‖n -> arguments‖ arisen(n) + arisen(value).
+    def doubts(self, i: int, distances: Mapping[str, Array]) -> Array:
+        """Bound the errors of z_a - z_b of one image (at any one position), (k, k)."""
+        k = self.logits.shape[1]
+        found = np.full((k, k), 2 * self.error[i])
+        for head, (before, since) in self.heads.items():
+            found = np.minimum(found, before[i] * distances[head] + math.sqrt(2) * since[i])
+        return found * UP
+
+
+def evaluate(program: Program, steps: Sequence[Step], heads: Sequence[str], images: Array) -> Evaluated:
+    """Run the program on a batch (n, c, h, w) and bound the rounding errors.
+
+    At each node, something arises: for a sum of t terms B x + b at most gamma(t)(|B||x| + |b|) entry by entry, nothing
+    if entries are only moved. What arises between the sources of a step and its value reaches the value through the
+    operators between, each with its own constant; what the sources bring, through the proved factors.
     """
-    results: dict[str, Array] = {program.input: images}
-    arisen: dict[str, Array] = {program.input: np.zeros(len(images))}
+    results = {program.input: images[:, None]}
+    arisen = {program.input: np.zeros(len(images))}
+    last = {x: name for name in program.nodes if name != program.input for x in program.operation(name).inputs}
     for name in program.nodes:
-        if name == program.input:
-            continue
-        operation = program.operation(name)
-        xs = [results[x] for x in operation.inputs]
-        if operation.function is not None:
-            results[name] = operation.function(*xs)
-            scale = math.sqrt(results[name][0].size) if operation.absolute else _norms(results[name])
-            arisen[name] = operation.units * UNIT * scale * np.ones(len(images))
-            continue
-        offset = operation.offset
-        moved = not np.any(offset) and sum(k.terms for k in operation.kernels) <= 1
-        disjoint = program.nodes[name]["op"] == "aten.cat.default"
-        value, majorant = np.zeros((1, 1, 1, 1)), np.zeros((1, 1, 1, 1))
-        terms, inexact = 1 + len(xs), np.zeros(len(images))
-        exact = (moved or (disjoint and not np.any(offset))) and all(k.selects for k in operation.kernels)
-        for kernel, x in zip(operation.kernels, xs, strict=True):
-            part, roundings = apply(kernel, x)
-            value = value + part
-            if not exact:
-                magnitudes = replace(kernel, taps={t: np.abs(tap) for t, tap in kernel.taps.items()})
-                majorant = majorant + apply(magnitudes, np.abs(x))[0]
-                terms += roundings
-                inexact = inexact + kernel.error * _norms(x)
-        results[name] = value + offset
-        if exact:
-            arisen[name] = np.zeros(len(images))
-        else:
-            arisen[name] = (gamma(terms + 2) * _norms(majorant + np.abs(offset)) * (1 + 1e-6) + inexact) * UP
-    errors: dict[str, Array] = {program.input: np.zeros(len(images))}
-
-    def inside(arguments: Sequence[str], nodes: Sequence[str]) -> Array:
-        found = np.zeros(len(images))
-        for name in nodes:
-            if arisen[name].any():
-                found = found + program.path(arguments, name, nodes) * arisen[name]
-        return found
-
-    for step in steps:
-        brought = [f * errors[s] for f, s in zip(step.factors, step.sources, strict=True)]
-        error = np.sqrt(np.sum(np.square(brought), axis=0)) if step.joint else np.sum(brought, axis=0)
-        constant = 1.0
-        if step.arguments != [step.value]:
-            constant = program.operation(step.value).constant
-            error = error + arisen[step.value]
-        if step.nodes:
-            error = error + constant * inside(step.arguments, step.nodes)
-        errors[step.value] = error * UP
+        if name != program.input:
+            inputs = program.operation(name).inputs
+            results[name], arisen[name] = program.operation(name).run(*(results[x] for x in inputs))
+            for x in {*inputs}:
+                if last[x] == name and x != program.output:
+                    del results[x]
+    errors = _carried(program, steps, program.input, arisen)
     after = {}
     for head in heads:
-        after[head] = errors[head], inside([program.output], program.between([program.output], head)) * UP
-    logits = results[program.output].reshape(len(images), -1)
-    return logits, errors[program.output], after
+        nodes = program.between([program.output], head)
+        after[head] = errors[head], _within(program, {head: 0 * errors[head]}, nodes, arisen)[program.output]
+    logits = results[program.output].reshape(len(images), *program.shape(program.output)[1:])
+    return Evaluated(logits, errors[program.output], after)
 
 
-def _norms(x: Array) -> Array:
-    """Return upper bounds of the l2 norms of the entries of a batch."""
-    flat = x.reshape(len(x), -1)
-    return np.sqrt(np.square(flat).sum(1)) * (1 + gamma(flat.shape[1] + 8)) + 1e-150
+def _carried(program: Program, steps: Sequence[Step], base: str, arisen: Mapping[str, Array]) -> dict[str, Array]:
+    """Return bounds of the errors of values, if `base` has none."""
+    errors = {base: np.zeros_like(arisen[program.input])}
+    for step in steps:
+        margin = program.operation(step.value).margin
+        known = [np.where(errors[s] <= margin, errors[s], math.inf) for s in step.sources]
+        local = {s: 0 * arisen[program.input] for s in step.sources}
+        for start, end, inner in step.branches:
+            local[end] = _carried(program, inner, start, arisen)[end]
+        inside = _within(program, local, step.nodes, arisen)[step.value]
+        errors[step.value] = (_combined(step.factors, known, step.joint) + inside) * UP
+    return errors
+
+
+def _within(
+    program: Program, known: dict[str, Array], nodes: Sequence[str], arisen: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Carry errors of values through nodes, operator by operator."""
+    for name in nodes:
+        operation = program.operation(name)
+        inputs = [known[x] for x in operation.inputs]
+        known[name] = (_combined(operation.factors, inputs, operation.joint) + arisen[name]) * UP
+    return known
+
+
+def _combined(factors: Sequence[float], errors: Sequence[Array], joint: bool) -> Array:
+    parts = [factor * error for factor, error in zip(factors, errors, strict=True)]
+    return (np.sqrt(np.sum(np.square(parts), axis=0)) if joint else np.sum(parts, axis=0)) * UP
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a certificate says that it is about; `radii` and `scenes` (SHA-256 of image and labels) if it has masks."""
+
+    shape: Grid
+    domain: tuple[float, float]
+    n: int
+    precision: str
+    radii: Sequence[float] = ()
+    scenes: Sequence[tuple[str, str]] = ()
+
+    @classmethod
+    def of(cls, record: Any) -> Facts:
+        shape, domain = (take(record, key, list, "certificate") for key in ("input_shape", "domain"))
+        sides = len(shape) == 3 and all(type(side) is int and 0 < side < 1 << 16 for side in shape)
+        require(sides, f"certificate: input_shape {shape} is no shape of an image")
+        interval = len(domain) == 2 and all(type(x) in (int, float) for x in domain) and domain[0] < domain[1]
+        require(interval, f"certificate: domain {domain} is no interval")
+        precision = take(record, "precision", str, "certificate")
+        known = (
+            precision in ("float64", "float64 program", "float32") and take(record, "norm", str, "certificate") == "l2"
+        )
+        require(known, "certificate: precision or norm is not one that this checker knows")
+        facts = cls((*shape,), (float(domain[0]), float(domain[1])), take(record, "n", int, "certificate"), precision)
+        task = record.get("task", "classification")
+        require(task in ("classification", "segmentation"), f"certificate: task {task!r} is not known here")
+        if task == "classification":
+            return facts
+        radii, scenes = (take(record, key, list, "certificate") for key in ("eps", "scenes"))
+        require(0 < len(radii) and all(type(r) in (int, float) and r >= 0 for r in radii), "certificate: eps")
+        hashes = all(isinstance(s, list) and len(s) == 2 and all(isinstance(h, str) for h in s) for s in scenes)
+        require(hashes and len(scenes) == facts.n, "certificate: 'scenes' is not one pair of SHA-256 for each image")
+        return replace(facts, radii=[float(r) for r in radii], scenes=[(s[0], s[1]) for s in scenes])
 
 
 @dataclass(frozen=True)
@@ -1150,75 +1307,121 @@ class Row:
     image: str
 
 
-def read_rows(path: Path, n: int, classes: int, largest: float) -> list[Row]:
+def read_rows(path: Path, n: int, lipschitz: Array, largest: float) -> list[Row]:
     """Read the rows and check what can be checked without images."""
-    if path.stat().st_size > 1 << 30:
-        raise Rejected(f"{path.name} is larger than {1 << 30} bytes")
-    lines = path.read_bytes().decode("utf-8", "replace").split("\n")
-    if lines[0] != "\t".join(COLUMNS) or lines[-1] != "":
-        raise Rejected(f"{path.name}: the header or the last line is damaged")
-    if len(lines) - 2 != n:
-        raise Rejected(f"{path.name}: there are {len(lines) - 2} rows, not {n} as certificate.json says")
+    apart = lipschitz + np.where(np.eye(len(lipschitz)), math.inf, 0.0)
     rows = []
-    for i, line in enumerate(lines[1:-1]):
+    for i, cells in enumerate(read_table(path, COLUMNS, n)):
         where = f"row {i}"
-        cells = line.split("\t")
         try:
-            _require(len(cells) == len(COLUMNS), "its cells")
             idx, label, predict, correct = (int(cells[k]) for k in (0, 1, 2, 4))
             row = Row(idx, label, predict, float(cells[3]), correct, float(cells[6]), float(cells[7]), cells[8])
-        except (ValueError, Rejected) as error:
+        except ValueError as error:
             raise Rejected(f"{where}: malformed ({error})") from error
-        if row.idx != i:
-            raise Rejected(f"{where}: its idx is {row.idx}")
-        if not 0 <= row.radius <= largest:
-            raise Rejected(
-                f"{where}: the radius {row.radius!r} is negative, no number, or beyond the domain's diameter"
-            )
-        if row.correct != int(row.predict == row.label):
-            raise Rejected(f"{where}: correct is {row.correct}, with label {row.label} and prediction {row.predict}")
-        if row.radius > 0 and not (0 <= row.predict < classes and row.margin > 0 and 0 <= row.error < math.inf):
-            raise Rejected(f"{where}: a radius without a prediction, a margin or an error")
-        if not re.fullmatch("[0-9a-f]{64}", row.image):
-            raise Rejected(f"{where}: the SHA-256 of the image is malformed")
+        require(idx == i, f"{where}: its idx is {idx}")
+        require(
+            0 <= row.radius <= largest,
+            f"{where}: the radius {row.radius!r} is negative, no number, or beyond the domain's diameter",
+        )
+        right = correct == int(predict == label)
+        require(right, f"{where}: correct is {correct}, with label {label} and prediction {predict}")
+        require(bool(re.fullmatch("[0-9a-f]{64}", row.image)), f"{where}: the SHA-256 of the image is malformed")
+        if row.radius > 0:
+            sound = 0 <= predict < len(apart) and row.margin > 0 and 0 <= row.error < math.inf
+            require(sound, f"{where}: a radius without a prediction, a margin or an error")
+            possible = row.radius * float(apart[predict].min()) <= row.margin * UP
+            require(possible, f"{where}: the radius {row.radius!r} is above its margin over any constant")
         rows.append(row)
     return rows
 
 
-def check_rows(
-    program: Program, steps: Sequence[Step], heads: Sequence[str], lipschitz: Array, distances: Mapping[str, Array],
-    rows: Sequence[Row], images: Array, domain: tuple[float, float],
-) -> None:  # fmt: skip
-    """Confirm rows with their images (n, c, h, w) float64: own logits, own errors, own radii."""
-    for row, image in zip(rows, images, strict=True):
-        if hashlib.sha256(np.ascontiguousarray(image, dtype="<f8").tobytes()).hexdigest() != row.image:
-            raise Rejected(f"row {row.idx}: the image has another SHA-256")
-        if not ((image >= domain[0]) & (image <= domain[1])).all():
-            raise Rejected(f"row {row.idx}: the image is outside the domain {list(domain)}")
+def check_row(row: Row, z: Array, doubts: Array, error: float, lipschitz: Array) -> None:
+    """Confirm a row with its own logits (k,), doubts (k, k), and constants (k, k)."""
+    p, where = row.predict, f"row {row.idx}"
+    if row.radius == 0:
+        return
+    finite = bool(np.isfinite(z).all() and np.isfinite(error))
+    require(finite, f"{where}: the logits or their errors are not finite")
+    require(int(np.argmax(z)) == p, f"{where}: the prediction is {int(np.argmax(z))}, not {p}")
+    gaps = z[p] - z - doubts[p] - 4 * UNIT * (np.abs(z) + abs(z[p]))
+    others = np.arange(len(z)) != p
+    require(bool((gaps[others] > 0).all()), f"{where}: the margin is not above the rounding error")
+    ordinary = others & (lipschitz[p] > 0)
+    radius = float((gaps[ordinary] / lipschitz[p][ordinary]).min(initial=math.inf)) * (1 - 2.0**-50)
+    require(
+        row.radius <= radius, f"{where}: the radius {row.radius!r} is above {radius!r}, which is what can be proved"
+    )
+    margin = float((z[p] - z)[others].min())
+    near = abs(row.margin - margin) <= 2 * (row.error + error) * UP + 1e-15 * abs(margin)
+    require(near, f"{where}: the margin {row.margin!r} is not {margin!r}")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The claims of one row of scenes.tsv: what no perturbation of norm eps can change in one image, in pixels."""
+
+    idx: int
+    eps: float
+    pixels: int
+    stable: int
+    valid: int
+    correct: int
+    certified: int
+    certified_alone: int
+
+
+def read_scenes(path: Path, facts: Facts, shape: Sequence[int]) -> list[Scene]:
+    """Read the rows, one for each image and radius, and check what can be checked without images."""
+    radii, pixels, rows = facts.radii, math.prod(shape[2:]), []
+    require(len(shape) == 4, "the output is not a map of logits")
+    for i, cells in enumerate(read_table(path, SCENE_COLUMNS, facts.n * len(radii))):
+        where = f"row {i}"
+        try:
+            row = Scene(int(cells[0]), float(cells[1]), *(int(cell) for cell in cells[2:]))
+        except ValueError as error:
+            raise Rejected(f"{where}: malformed ({error})") from error
+        expected = i // len(radii), radii[i % len(radii)]
+        require((row.idx, row.eps) == expected, f"{where}: it is image {row.idx} at {row.eps!r}, not {expected}")
+        ordered = 0 <= row.certified_alone <= row.correct <= row.valid <= row.pixels == pixels
+        ordered &= 0 <= row.stable <= pixels and 0 <= row.certified <= row.correct
+        require(ordered, f"{where}: its counts contradict each other or the {pixels} pixels")
+        rows.append(row)
+    return rows
+
+
+def check_scene(
+    rows: Sequence[Scene], logits: Array, doubts: Array, pairs: Array, lipschitz: float, labels: Array
+) -> None:
+    """Confirm the rows of one image with its own logits (k, h, w) and labels (h, w).
+
+    Pixel i, of class a, becomes b only if what the logits are made of moves there by (z_a - z_b - E_ab) / N_ab; d_i is
+    the least of these. All of it together moves by L eps, and pixels are disjoint parts of it: the pixels that change
+    satisfy Σ d_i² ≤ (L eps)², whichever they are, so no more change than there are of the cheapest ones.
+    """
+    z, label = logits.reshape(len(logits), -1), labels.ravel()
+    predict = np.argmax(z, axis=0)
+    own = np.take_along_axis(z, predict[None], 0)
     with np.errstate(all="ignore"):
-        logits, whole, after = evaluate(program, steps, heads, images)
-    for i, row in enumerate(rows):
-        z, p = logits[i], row.predict
-        if row.radius == 0:
-            continue
-        if not np.isfinite(z).all() or not np.isfinite(whole[i]):
-            raise Rejected(f"row {row.idx}: the logits or their errors are not finite")
-        if int(np.argmax(z)) != p:
-            raise Rejected(f"row {row.idx}: the prediction is {int(np.argmax(z))}, not {p}")
-        doubt = np.full(len(z), 2 * whole[i])
-        for head, (before, since) in after.items():
-            doubt = np.minimum(doubt, before[i] * distances[head][p] + math.sqrt(2) * since[i])
-        gaps = z[p] - z - doubt * UP - 4 * UNIT * (np.abs(z) + abs(z[p]))
-        others = np.arange(len(z)) != p
-        ordinary = others & (lipschitz[p] > 0)
-        if not (gaps[others] > 0).all():
-            raise Rejected(f"row {row.idx}: the margin is not above the rounding error")
-        radius = float((gaps[ordinary] / lipschitz[p][ordinary]).min(initial=math.inf)) * (1 - 2.0**-50)
-        if not row.radius <= radius:
-            raise Rejected(f"row {row.idx}: the radius {row.radius!r} is above {radius!r}, which is what can be proved")
-        margin = float((z[p] - z)[others].min())
-        if abs(row.margin - margin) > 2 * (row.error + whole[i]) * UP + 1e-15 * abs(margin):
-            raise Rejected(f"row {row.idx}: the margin {row.margin!r} is not {margin!r}")
+        gaps = own - z - doubts[:, predict] - 4 * UNIT * (np.abs(z) + np.abs(own))
+        distance = np.where(gaps > 0, gaps / pairs[:, predict], 0.0)  # infinite where the classes have equal rows
+    distance[predict, np.arange(len(predict))] = math.inf
+    certain = np.isfinite(z).all(0) & np.isfinite(doubts).all()
+    least = np.where(certain, distance.min(0), 0.0) * (1 - 2.0**-48)
+    right = (label == predict) & (label != VOID)
+    counts = int(np.count_nonzero(label != VOID)), int(np.count_nonzero(right))
+
+    def kept(of: Array, eps: float) -> int:
+        costs = np.cumsum(np.square(np.sort(of))) * (1 - gamma(2 * len(of) + 8)) - 1e-290
+        return len(of) - int(np.count_nonzero(costs <= (lipschitz * eps * UP) ** 2 * UP))
+
+    for row in rows:
+        where, claimed = f"row of image {row.idx} at {row.eps}", (row.valid, row.correct)
+        require(claimed == counts, f"{where}: valid and correct are {claimed}, not {counts}")
+        most = {"stable": kept(least, row.eps), "certified": kept(least[right], row.eps)}
+        most["certified_alone"] = int(np.count_nonzero(least[right] > lipschitz * row.eps * UP))
+        for name, proved in most.items():
+            claim = getattr(row, name)
+            require(claim <= proved, f"{where}: {name} {claim} is above {proved}, which is what can be proved")
 
 
 # ---------------------------------------------------------------------------------------------------------- everything
@@ -1231,8 +1434,8 @@ class Report:
     accepted: bool
     reason: str
     steps: int = 0  # confirmed
-    rows: int = 0  # read, and consistent in themselves
-    images: int = 0  # rows confirmed with their images
+    rows: int = 0  # images that there are rows of, consistent in themselves
+    images: int = 0  # whose rows were confirmed
     upper: float = math.nan  # own bound of the output
     claimed: float = math.nan
     note: str = ""
@@ -1242,85 +1445,92 @@ class Report:
         if not self.accepted:
             return self.reason
         bound = f"{self.steps} steps confirmed: L = {self.upper:.9g} (claimed {self.claimed:.9g})"
-        return f"{bound}; {self.images} of {self.rows} radii confirmed" + (f"; {self.note}" if self.note else "")
+        return f"{bound}; the rows of {self.images} images confirmed" + (f"; {self.note}" if self.note else "")
 
 
 def check(
-    certificate: Path, *, weights: Path | None = None, images: Array | None = None, batch_size: int = 50,
-    progress: Callable[[int], None] = lambda done: None,
+    certificate: Path, *, weights: Path | None = None, images: Array | None = None, labels: Array | None = None,
+    batch_size: int = 50, progress: Callable[[int], None] = lambda done: None,
 ) -> Report:  # fmt: skip
-    """Check a certificate, and the rows 0 … n-1 for `images` (n, c, h, w) as far as they are given.
+    """Check a certificate, and the rows of `images` 0 … n-1 (n, c, h, w) as far as they are given.
 
-    `weights` is program.safetensors, by default the one beside the certificate; no path in the files is followed.
-    Raises OSError for files that are not there. What does not hold, or cannot be judged, is the `reason` of the report.
+    `labels` (n, h', w') are those of the positions of segmented images. `weights` is program.safetensors, by default
+    the one beside the certificate; no path in the files is followed. Raises OSError for files that are not there. What
+    does not hold, or cannot be judged, is the `reason` of the report.
     """
-    folder = certificate.parent
     try:
         record = read_json(certificate)
-        facts = _facts(record)
-        program_record = take(record, "program", dict, "certificate")
+        facts = Facts.of(record)
+        program_record, proof = (take(record, key, dict, "certificate") for key in ("program", "proof"))
         sha256 = take(program_record, "sha256", str, "program")
-        tensors = read_tensors(weights or folder / "program.safetensors", sha256)
+        tensors = read_tensors(weights or certificate.parent / "program.safetensors", sha256)
         program = Program(program_record, tensors)
-        if program.shapes[program.input] != [1, *facts.shape]:
-            raise Rejected(f"the input of the program is not an image {list(facts.shape)}, as input_shape says")
-        proof = take(record, "proof", dict, "certificate")
-        steps, bounds, heads = prove(program, proof)
+        fits = program.shape(program.input) == [1, *facts.shape]
+        require(fits, f"the input of the program is not an image {list(facts.shape)}, as input_shape says")
+        only(proof, ("steps", "upper", "heads"), "proof")
+        steps, bounds = prove(program, take(proof, "steps", list, "proof"), program.input)
+        require(program.output in bounds, "proof: no step bounds the output")
+        upper = number_of(proof, "upper", "proof")
+        last = next((s["bound"] for s in proof["steps"] if s["value"] == program.output), 1.0)
+        require(upper >= last, f"proof: upper {upper!r} is below the bound of the output")
+        heads = take(proof, "heads", list, "proof")
+        for head in heads:
+            require(isinstance(head, str) and head in bounds, f"proof: the head {head!r} has no step")
         lipschitz, distances = pairwise(program, bounds, heads)
-        low, high = facts.domain
-        largest = (high - low) * math.sqrt(math.prod(facts.shape)) * UP
-        rows = read_rows(folder / "certificates.tsv", facts.n, len(lipschitz), largest)
-        apart = lipschitz + np.where(np.eye(len(lipschitz)), math.inf, 0.0)
-        for row in rows:
-            if row.radius > 0 and row.radius * float(apart[row.predict].min()) > row.margin * UP:
-                raise Rejected(f"row {row.idx}: the radius {row.radius!r} is above its margin over any constant")
+        if facts.radii:
+            head = heads[0] if heads else program.output
+            measure = distances.get(head, np.full(lipschitz.shape, math.sqrt(2) * UP)), bounds[head]
+            rows: list[Any] = read_scenes(certificate.parent / "scenes.tsv", facts, program.shape(program.output))
+        else:
+            low, high = facts.domain
+            largest = (high - low) * math.sqrt(math.prod(facts.shape)) * UP
+            rows = read_rows(certificate.parent / "certificates.tsv", facts.n, lipschitz, largest)
         checked, note = 0, ""
         if facts.precision != "float64":
-            note = f"radii of {facts.precision} programs are not rechecked yet"
+            note = f"rows about {facts.precision} programs are not rechecked yet"
         elif images is None:
             note = "without images, only the proof and the arithmetic of the rows were checked"
         else:
-            if images.ndim != 4 or images.shape[1:] != facts.shape:
-                raise Rejected(f"the images are {list(images.shape[1:])}, not {list(facts.shape)}")
-            if len(images) > len(rows):
-                raise Rejected(f"there are {len(images)} images, but {len(rows)} rows")
+            fits = images.ndim == 4 and images.shape[1:] == facts.shape
+            require(fits, f"the images are {list(images.shape[1:])}, not {list(facts.shape)}")
+            require(len(images) <= facts.n, f"there are {len(images)} images, but {facts.n} rows")
+            require(not facts.radii or labels is not None, "the labels of the positions are needed as well")
             for start in range(0, len(images), batch_size):
                 part = images[start : start + batch_size].astype(np.float64)
-                part_rows = rows[start : start + len(part)]
-                check_rows(program, steps, heads, lipschitz, distances, part_rows, part, facts.domain)
+                for i, image in enumerate(part, start):
+                    digest = facts.scenes[i][0] if facts.radii else rows[i].image
+                    require(sha256_of(image, "<f8") == digest, f"row {i}: the image has another SHA-256")
+                    inside = bool(((image >= facts.domain[0]) & (image <= facts.domain[1])).all())
+                    require(inside, f"row {i}: the image is outside the domain {list(facts.domain)}")
+                with np.errstate(all="ignore"):
+                    found = evaluate(program, steps, heads, part)
+                for i, z in enumerate(found.logits, start):
+                    doubts = found.doubts(i - start, distances)
+                    if facts.radii and labels is not None:
+                        digest, k = sha256_of(labels[i], "<i8"), len(facts.radii)
+                        require(digest == facts.scenes[i][1], f"row of image {i}: its labels have another SHA-256")
+                        require(labels[i].shape == z.shape[1:], f"row of image {i}: its labels are of another size")
+                        check_scene(rows[i * k : (i + 1) * k], z, doubts, *measure, labels[i])
+                    else:
+                        check_row(rows[i], z, doubts, found.error[i - start], lipschitz)
                 checked += len(part)
                 progress(len(part))
     except Rejected as error:
         return Report(False, str(error))
     except (RecursionError, MemoryError, OverflowError, np.linalg.LinAlgError) as error:
         return Report(False, f"the certificate is too large to be rechecked ({type(error).__name__})")
-    own = [(s.value, f, c) for s in steps for f, c in zip(s.factors, s.claimed, strict=True)]
-    upper = _number(proof, "upper", "proof")
-    return Report(True, "", len(steps), len(rows), checked, bounds[program.output], upper, note, own)
+    own = [(s.value, f, c) for s in _flat(steps) for f, c in zip(s.factors, s.claimed, strict=True)]
+    return Report(True, "", len(_flat(steps)), facts.n, checked, bounds[program.output], upper, note, own)
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What a certificate says that it is about."""
-
-    shape: Grid
-    domain: tuple[float, float]
-    n: int
-    precision: str
+def _flat(steps: Sequence[Step]) -> list[Step]:
+    """Return steps and those of their branches."""
+    return [inner for step in steps for inner in (*(s for *_, b in step.branches for s in _flat(b)), step)]
 
 
-def _facts(record: Any) -> Facts:
-    shape = take(record, "input_shape", list, "certificate")
-    domain = take(record, "domain", list, "certificate")
-    if len(shape) != 3 or not all(type(side) is int and 0 < side < 1 << 16 for side in shape):
-        raise Rejected(f"certificate: input_shape {shape} is no shape of an image")
-    if len(domain) != 2 or not all(type(x) in (int, float) for x in domain) or not domain[0] < domain[1]:
-        raise Rejected(f"certificate: domain {domain} is no interval")
-    precision = take(record, "precision", str, "certificate")
-    if precision not in ("float64", "float32") or take(record, "norm", str, "certificate") != "l2":
-        raise Rejected("certificate: precision or norm is not one that this checker knows")
-    n = take(record, "n", int, "certificate")
-    return Facts((shape[0], shape[1], shape[2]), (float(domain[0]), float(domain[1])), n, precision)
+def sha256_of(array: Array, kind: str) -> str:
+    """Return the SHA-256 of an array as little-endian numbers in order."""
+    return hashlib.sha256(np.ascontiguousarray(array, dtype=kind).tobytes()).hexdigest()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -1328,15 +1538,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Re-prove a certificate of lipcert with NumPy alone.")
     parser.add_argument("certificate", type=Path, help="certificate.json")
     parser.add_argument("--weights", type=Path, help="program.safetensors, if it is not beside the certificate")
-    parser.add_argument("--images", type=Path, help="safetensors file with one tensor (n, c, h, w): the first n images")
+    parser.add_argument("--images", type=Path, help="safetensors file: images (n, c, h, w), for masks labels (n, h, w)")
     options = parser.parse_args(arguments)
     try:
-        images = None
+        tensors: dict[str, Array] = {}
         if options.images is not None:
             from safetensors.numpy import load_file
 
-            (images,) = load_file(options.images).values()
-        report = check(options.certificate, weights=options.weights, images=images)
+            tensors = load_file(options.images)
+        images, labels = tensors.get("images"), tensors.get("labels")
+        report = check(options.certificate, weights=options.weights, images=images, labels=labels)
     except (OSError, ValueError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lipcert.bounds.audit import Audit
     from lipcert.bounds.core import Bound
     from lipcert.bounds.graph import Graph
+    from lipcert.bounds.values import Derivation
 
 SCHEMA = 1
 SLACK = 1.0 + 2.0**-22
@@ -36,45 +37,36 @@ class Proof:
     upper: float
     heads: Sequence[str]  # values that the logits are an affine function of
     file: bytes  # program.safetensors, the tensors of the program
-    pairwise: Tensor  # (k, k), bounds of z_i - z_j that follow from the steps
+    audit: Audit  # with the bounds that follow from the steps
 
     @classmethod
     def of(cls, audit: Audit) -> Proof:
         """Write down the proof of an audit; one without a finite bound raises InputError."""
         require_finite(audit)
         graph, derivations = audit.program.graph, audit.program.derivations
-        indices = {node.name: index for index, node in enumerate(graph.nodes)}
-        head = audit.head
-        heads = [] if head is None else [name for name in dict.fromkeys((head.source, head.start)) if name]
-        bounds: dict[int, Bound] = {}
-        steps = []
-        for index in _needed(derivations, [indices[name] for name in (*heads, graph.output)]):
-            derivation = derivations[index]
-            if not index:
-                bounds[index] = derivation.bound
-                continue
-            factors = [_enlarged(factor) for factor in derivation.factors]
-            bounds[index] = _composed(factors, [bounds[i] for i in derivation.sources], derivation.joint)
-            steps.append(
-                {
-                    "value": graph.nodes[index].name,
-                    "rule": derivation.label,
-                    "sources": [graph.nodes[i].name for i in derivation.sources],
-                    "factors": [factor.value for factor in factors],
-                    "joint": derivation.joint,
-                    "bound": bounds[index].value,
-                    "method": ", ".join(dict.fromkeys(factor.method for factor in factors)),
-                }
-            )
-        upper = bounds[indices[graph.output]]
+        head, last = audit.head, audit.pixel_head
+        heads = [name for name in dict.fromkeys((head.source, head.start)) if name] if head is not None else []
+        if last is not None:
+            heads.append(last.source)
+        steps, bounds = _steps(graph, derivations, [*heads, graph.output])
+        upper = bounds[graph.output]
         found = replace(audit, upper=upper)
         if head is not None:
-            start = None if head.anchor is None else bounds[indices[head.start]]
-            found = replace(
-                found, head=replace(head, penultimate=bounds[indices[head.source]], logits=upper, anchor=start)
-            )
+            start = None if head.anchor is None else bounds[head.start]
+            found = replace(found, head=replace(head, penultimate=bounds[head.source], logits=upper, anchor=start))
+        if audit.position is not None:  # the position proof is no part of what is written
+            found = replace(found, position=min(upper, audit.position, key=lambda bound: bound.order))
+        if last is not None:
+            joint = bounds[last.source]
+            pixel = min(joint, _enlarged(last.pixel), key=lambda bound: bound.order)
+            found = replace(found, pixel_head=replace(last, joint=joint, pixel=pixel))
         program, file = _program(graph)
-        return cls(program, steps, upper.value, heads, file, found.pairwise())
+        return cls(program, steps, upper.value, heads, file, found)
+
+    @property
+    def pairwise(self) -> Tensor:
+        """Return bounds (k, k) of z_i - z_j that follow from the steps."""
+        return self.audit.pairwise()
 
     def to_json(self) -> dict[str, Any]:
         """Return the parts of certificate.json that hold the proof; the tensors are in the file beside it."""
@@ -106,7 +98,78 @@ def require_finite(audit: Audit) -> None:
     raise InputError(f"the network has no finite Lipschitz bound, so nothing can be certified: {reasons}")
 
 
-def _needed(derivations: Mapping[int, Any], results: Sequence[int]) -> list[int]:
+def _steps(
+    graph: Graph, derivations: Mapping[int, Derivation], results: Sequence[str]
+) -> tuple[list[dict[str, Any]], dict[str, Bound]]:
+    """Return the steps by which the results are bounded as functions of the input of the graph, and these bounds."""
+    names = [node.name for node in graph.nodes]
+    bounds: dict[str, Bound] = {}
+    steps = []
+    for index in _needed(derivations, [names.index(name) for name in results]):
+        derivation, name = derivations[index], names[index]
+        if not index:
+            bounds[name] = derivation.bound
+            continue
+        factors = [_enlarged(factor) for factor in derivation.factors]
+        sources = [names[i] for i in derivation.sources]
+        branches = None
+        if graph.nodes[index].op == "aten.cat.default" and derivation.label != "affine" and len(sources) == 1:
+            branches = _branches(graph, index, sources[0])
+        if branches is not None:
+            records, largest = branches
+            factors = [max(largest, *factors, key=lambda factor: factor.value)]
+        bounds[name] = _composed(factors, [bounds[source] for source in sources], derivation.joint)
+        steps.append(
+            {
+                "value": name,
+                "rule": derivation.label,
+                "sources": sources,
+                "factors": [factor.value for factor in factors],
+                "joint": derivation.joint,
+                "bound": bounds[name].value,
+                "method": ", ".join(dict.fromkeys(factor.method for factor in factors)),
+                **({} if branches is None else {"branches": records}),
+            }
+        )
+    return steps, bounds
+
+
+def _branches(graph: Graph, index: int, source: str) -> tuple[list[dict[str, Any]], Bound] | None:
+    """Return the proofs of the parts of a concatenation, and the largest of their bounds.
+
+    The parts are functions of different pieces of one source, and each proof is about such a piece, `start`: it walks
+    the part of the network between the two once more. None where a part reads the source in several places.
+    """
+    from lipcert.bounds.graph import Node, Ref
+    from lipcert.bounds.propagation import propagate
+
+    nodes = {node.name: node for node in graph.nodes}
+    records, largest = [], []
+    for part in graph.nodes[index]["tensors"]:
+        if not isinstance(part, Ref):
+            return None
+        found: set[str] = set()
+        waiting = [part.name]
+        while waiting:
+            name = waiting.pop()
+            if name != source and name not in found:
+                found.add(name)
+                waiting.extend(nodes[name].inputs)
+        inside = [node for node in graph.nodes if node.name in found]
+        if sum(source in node.inputs for node in inside) != 1 or inside[0].inputs != (source,):
+            return None
+        start = Node(inside[0].name, "input", {}, inside[0].shape, inside[0].batch)
+        piece = replace(graph, nodes=(start, *inside[1:]), output=part.name)
+        context, kept = propagate(piece, keep=[part.name])
+        if not context.bound(kept[part.name]).finite:
+            return None
+        steps, bounds = _steps(piece, context.derivations, [part.name])
+        records.append({"start": start.name, "steps": steps})
+        largest.append(bounds[part.name])
+    return records, max(largest, key=lambda bound: bound.order)
+
+
+def _needed(derivations: Mapping[int, Derivation], results: Sequence[int]) -> list[int]:
     """Return the values that the results rest on, in topological order."""
     found: set[int] = set()
     stack = list(results)

@@ -31,14 +31,20 @@ class Files:
     tensors: dict[str, np.ndarray]
     rows: list[list[str]]  # the header first
     images: np.ndarray
+    labels: np.ndarray | None = None  # of the positions of images with masks
     hashed: bool = True  # write the right SHA-256 of the tensors
     raw: dict[str, Callable[[bytes], bytes]] = field(default_factory=dict)  # last changes, of the bytes of files
 
     @classmethod
-    def read(cls, folder: Path, images: np.ndarray) -> Files:
+    def read(cls, folder: Path, images: np.ndarray, labels: np.ndarray | None = None) -> Files:
         record = json.loads((folder / "certificate.json").read_text())
-        rows = [line.split("\t") for line in (folder / "certificates.tsv").read_text().splitlines()]
-        return cls(record, load((folder / "program.safetensors").read_bytes()), rows, images)
+        table = "certificates.tsv" if labels is None else "scenes.tsv"
+        rows = [line.split("\t") for line in (folder / table).read_text().splitlines()]
+        return cls(record, load((folder / "program.safetensors").read_bytes()), rows, images, labels)
+
+    @property
+    def table(self) -> str:
+        return "certificates.tsv" if self.labels is None else "scenes.tsv"
 
     def copy(self) -> Files:
         return copy.deepcopy(self)
@@ -49,7 +55,7 @@ class Files:
             self.record["program"]["sha256"] = hashlib.sha256(tensors).hexdigest()
         files = {
             "certificate.json": json.dumps(self.record, indent=1).encode(),
-            "certificates.tsv": "".join("\t".join(row) + "\n" for row in self.rows).encode(),
+            self.table: "".join("\t".join(row) + "\n" for row in self.rows).encode(),
         }
         (folder / "program.safetensors").write_bytes(tensors)
         for name, content in files.items():

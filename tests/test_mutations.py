@@ -9,48 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from issuing import N, small
 from tampering import KINDS, Files, matches, pick
 
-from lipcert import checker, data
-from lipcert.bounds import audit
-from lipcert.certificate import Certificate, begin, write
-from lipcert.certify import rows_of_batches
-from lipcert.export import export
-from lipcert.models.shiftvit import lipshift
-from lipcert.proof import Proof
-
-N = 6
-
-
-def certify(model: torch.nn.Module, images: torch.Tensor, folder: Path) -> None:
-    """Write a certificate of a network for images, with predictions as labels."""
-    found = audit(export(model), tuple(images.shape[1:]))
-    proof = Proof.of(found)
-    facts = dict(model="small", data="digits", split="test", n=len(images), precision="float64", lipcert="0")
-    certificate = Certificate(
-        **facts, weights_sha256=found.weights_sha256, input_shape=found.input_shape, domain=found.domain,
-        audit=found.to_json(), arithmetic={}, **proof.to_json(),
-    )  # fmt: skip
-    begin(folder, certificate, batch_size=len(images), resume=False, tensors=proof.file)
-    labels = torch.zeros(len(images), dtype=torch.int64)
-    for rows in rows_of_batches(found, [(images, labels)], pairwise=proof.pairwise):
-        write(folder, rows)
-
-
-def small(folder: Path, **options: Any) -> Files:
-    torch.manual_seed(0)
-    sizes = dict(num_classes=3, img_size=8, in_chans=1, embed_dim=12, depths=(2, 1), patch_size=2, neck=16)
-    model = lipshift(**{**sizes, **options})
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.1)
-        if name == "head.raw":  # rows with much in common, which the pairs of classes do not pay for
-            parameter.data.add_(0.5)
-    images = data.load("digits", split="test").first(N)
-    batch, _ = next(iter(data.loader(images, N)))
-    certify(model.eval(), batch, folder)
-    return Files.read(folder, batch.double().numpy())
+from lipcert import checker
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import click
 import numpy as np
 
 import lipcert
-from lipcert.certificate import CERTIFICATE, SUMMARY
+from lipcert.certificate import CERTIFICATE, PROGRAM, SUMMARY
 from lipcert.certificate import SCENES as ROWS
 from lipcert.cli.options import note, table, write_json
 from lipcert.cli.scenes import BATCH, SceneSubject, load_scene_subject
@@ -35,7 +35,11 @@ _STATEMENT = (
     "`eps`, the network, evaluated in {arithmetic}, gives at least `stable` of the positions the class that it gives "
     "them at the image, and at least `certified` of the labelled positions their label."
 )
-_ARITHMETIC = {"float64": "real arithmetic", "float32": "float32 without TF32 or lower precision"}
+_ARITHMETIC = {
+    "float64": "real arithmetic",
+    "float64 program": "float64",
+    "float32": "float32 without TF32 or lower precision",
+}
 
 
 def certify_scenes(
@@ -53,7 +57,7 @@ def certify_scenes(
     the intersection over union is a matter of all images together.
     """
     from lipcert.bounds.audit import audit
-    from lipcert.proof import require_finite
+    from lipcert.proof import Proof
     from lipcert.segment import SceneRow, constants
 
     if resume:
@@ -65,9 +69,9 @@ def certify_scenes(
     eps, precision = tuple(sorted(set(radii or RADII))), deployed or "float64"
     begun = time.perf_counter()
     found = audit(subject.network, subject.shape)
-    require_finite(found)
-    used = constants(found)
-    rows, maps = _certify(subject, found, used, eps, precision, min(batch_size, BATCH))
+    proof = Proof.of(found)
+    used = constants(proof.audit)
+    rows, maps, hashes = _certify(subject, found, used, eps, precision, min(batch_size, BATCH))
     summary = summarise(rows.attrs["summary"], eps) | {
         "upper": found.upper.value,
         "position": None if found.position is None else found.position.value,
@@ -75,7 +79,9 @@ def certify_scenes(
         "seconds": time.perf_counter() - begun,
     }
     names = [field.name for field in fields(SceneRow)]
-    write_file(subject.folder / CERTIFICATE, _facts(subject, found, used, eps, precision))
+    facts = _facts(subject, found, used, eps, precision)
+    write_bytes(subject.folder / PROGRAM, proof.file)
+    write_file(subject.folder / CERTIFICATE, {**facts, "scenes": hashes, **proof.to_json()})
     append_rows(subject.folder / ROWS, names, rows[names].itertuples(index=False, name=None))
     write_bytes(subject.folder / MAPS, maps)
     write_file(subject.folder / SUMMARY, summary)
@@ -83,7 +89,8 @@ def certify_scenes(
         write_json(json_file, summary)
     if json_file != "-":
         click.echo(_text(subject, summary, used))
-    note(f"wrote {ROWS}, {CERTIFICATE}, {SUMMARY} and {MAPS} to {subject.folder} ({summary['seconds']:.1f} s)")
+    written = f"{ROWS}, {CERTIFICATE}, {PROGRAM}, {SUMMARY} and {MAPS}"
+    note(f"wrote {written} to {subject.folder} ({summary['seconds']:.1f} s)")
     note(f"next: lipcert attack {options['model']} --eps {eps[0]:g} tries to break them")
 
 
@@ -119,22 +126,28 @@ def summarise(found: dict[float, dict[str, Any]], eps: Sequence[float]) -> dict[
 
 def _certify(
     subject: SceneSubject, audit: Audit, used: Constants, eps: Sequence[float], precision: str, batch_size: int
-) -> tuple[pd.DataFrame, bytes]:
-    """Return the rows, and the maps of the first images as the bytes of a safetensors file."""
+) -> tuple[pd.DataFrame, bytes, list[tuple[str, str]]]:
+    """Return the rows, the maps of the first images as the bytes of a safetensors file, and SHA-256 of all images.
+
+    These are pairs: of the image, and of its labels at the positions of the logits.
+    """
     from safetensors.numpy import save
 
-    from lipcert.certify import diameter
+    from lipcert.certify import diameter, image_sha256, labels_sha256
     from lipcert.data import scene_loader
     from lipcert.segment import certify_scenes, clearances, evaluate_scenes
     from lipcert.segment import radii as radii_of
 
     shown: list[Tensor] = []
+    hashes: list[tuple[str, str]] = []
     maps: dict[str, list[Any]] = {"image": [], "label": [], "predict": [], "radius": []}
     largest = diameter(audit.domain, audit.input_shape)
 
     def placed() -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in scene_loader(subject.scenes, batch_size, mask_stride=subject.stride):
             shown.extend(images[: SHOWN - len(shown)])
+            pairs = zip(images.numpy(), labels.numpy(), strict=True)
+            hashes.extend((image_sha256(image), labels_sha256(label)) for image, label in pairs)
             yield images.to(subject.device), labels
 
     def kept(scenes: Iterable[tuple[Any, Any, float]]) -> Iterator[tuple[Any, Any, float]]:
@@ -153,7 +166,7 @@ def _certify(
     with progress(0, len(subject.scenes), "certifying") as advance:
         scenes = kept(evaluate_scenes(audit, placed(), eps, precision=precision))
         rows = certify_scenes(scenes, eps, used.joint, used.pixel, pairs=used.pairs, classes=subject.scenes.classes)
-    return rows, save({name: np.stack(values) for name, values in maps.items()})
+    return rows, save({name: np.stack(values) for name, values in maps.items()}), hashes
 
 
 def _facts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from lipcert.errors import Finding, InputError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from lipcert.checker import Report
 
@@ -41,7 +43,7 @@ does not hold, or what this checker cannot judge."""
     "--images",
     "images_file",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Images 0, 1, 2, … from a safetensors file with one tensor (n, c, h, w).",
+    help="Images 0, 1, 2, … from a safetensors file: one tensor (n, c, h, w), or `images` and `labels` (n, h, w).",
 )
 @data_root_option
 @json_option
@@ -63,23 +65,23 @@ def command(
     from lipcert.checker import check
 
     path = certificate / CERTIFICATE if certificate.is_dir() else certificate
-    if path.is_file() and path.with_name(SCENES).is_file():
-        raise InputError(f"{path} is about segmentation, which cannot be re-proved yet; only classification can")
-    for needed in (path, weights or path.with_name(PROGRAM), path.with_name(ROWS)):
+    facts = _facts(path) if path.is_file() else {}
+    scenes = facts.get("task") == "segmentation"
+    for needed in (path, weights or path.with_name(PROGRAM), path.with_name(SCENES if scenes else ROWS)):
         if not needed.is_file():
             raise InputError(f"{needed} is not there; `lipcert certify` writes it")
     if images_file is not None and data is not None:
         raise InputError("give --images or --data, not both")
-    facts = _facts(path)
     images, labels, why = _images(path.parent, facts, data, limit, images_file, data_root)
     total = 0 if images is None else len(images)
     with progress(0, total, "verifying") as advance:
-        report = check(path, weights=weights, images=images, progress=advance)
+        report = check(path, weights=weights, images=images, labels=labels if scenes else None, progress=advance)
     if json_file is not None:
         write_json(json_file, {key: value for key, value in asdict(report).items() if key != "own"})
     if not report.accepted:
         raise Finding(f"{path} does not verify: {report.reason}")
-    _compare_labels(path, labels)
+    if not scenes:
+        _compare_labels(path, labels)
     model = _compare_model(path)
     if json_file != "-":
         click.echo(_text(path, report, why, model))
@@ -98,12 +100,13 @@ def _facts(path: Path) -> dict[str, Any]:
 
 def _images(
     folder: Path, facts: dict[str, Any], data: str | None, limit: int | None, file: Path | None, root: str | None
-) -> tuple[NDArray[Any] | None, list[int] | None, str]:
+) -> tuple[NDArray[Any] | None, NDArray[Any] | None, str]:
     """Return images as float64, labels if there are any, and why there are no images."""
     if limit == 0:
         return None, None, "--limit 0"
     if file is not None:
-        return _from_file(file)[:limit], None, ""
+        images, labels = _from_file(file)
+        return images[:limit], None if labels is None else labels[:limit], ""
     name, n = data or facts.get("data"), facts.get("n")
     if not isinstance(name, str) or not isinstance(n, int):
         return None, None, "the certificate names no data set"
@@ -115,22 +118,26 @@ def _images(
         return None, None, str(error)
 
 
-def _from_file(file: Path) -> NDArray[Any]:
+def _from_file(file: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
-        tensors = list(load_file(file).values())
+        tensors = load_file(file)
     except (OSError, SafetensorError, KeyError) as error:
         raise InputError(f"{file} cannot be read as safetensors: {error}") from error
-    if len(tensors) != 1 or tensors[0].ndim != 4:
-        raise InputError(f"{file} must hold one tensor (n, c, h, w), not {[list(t.shape) for t in tensors]}")
-    return tensors[0].astype("float64")
+    labels = tensors.pop("labels", None)
+    shapes = [list(tensor.shape) for tensor in tensors.values()]
+    if len(shapes) != 1 or len(shapes[0]) != 4:
+        raise InputError(f"{file} must hold one tensor (n, c, h, w) beside `labels`, not {shapes}")
+    if labels is not None and len(labels) != shapes[0][0]:
+        raise InputError(f"{file} holds {shapes[0][0]} images and {len(labels)} labels")
+    return next(iter(tensors.values())).astype("float64"), labels
 
 
 def _from_data(
     name: str, folder: Path, facts: dict[str, Any], n: int, root: str | None
-) -> tuple[NDArray[Any], list[int]]:
+) -> tuple[NDArray[Any], NDArray[Any]]:
     import numpy as np
 
     from lipcert import data as datasets
@@ -139,23 +146,30 @@ def _from_data(
     source = datasets.info(name)
     recipe = folder / "config.yaml"  # the validation images of a run are those that its training left out
     fraction = load_config(recipe).val_fraction if recipe.is_file() else None
-    size = facts["input_shape"][-1] if source.resizes and facts.get("input_shape") else None
+    size = tuple(facts["input_shape"][1:]) if facts.get("input_shape") else None
     split = facts.get("split")
     if split not in ("train", "val", "test"):
         raise InputError(f"the certificate names no split of {name}, but {split!r}")
-    dataset = datasets.load(name, root, split, val_fraction=fraction, img_size=size).first(n)
-    batches = [(images.double().numpy(), labels.tolist()) for images, labels in datasets.loader(dataset, 100)]
-    return np.concatenate([images for images, _ in batches]), [label for _, labels in batches for label in labels]
+    batches: Iterable[tuple[Tensor, Tensor]]
+    if facts.get("task") == "segmentation":
+        scenes = datasets.load_scenes(name, root, split, val_fraction=fraction, img_size=size).first(n)
+        batches = datasets.scene_loader(scenes, 8, mask_stride=facts.get("stride", 1))
+    else:
+        side = size[-1] if source.resizes and size else None
+        dataset = datasets.load(name, root, split, val_fraction=fraction, img_size=side).first(n)
+        batches = datasets.loader(dataset, 100)
+    read = [(images.double().numpy(), labels.numpy()) for images, labels in batches]
+    return np.concatenate([images for images, _ in read]), np.concatenate([labels for _, labels in read])
 
 
-def _compare_labels(path: Path, labels: list[int] | None) -> None:
+def _compare_labels(path: Path, labels: NDArray[Any] | None) -> None:
     """Raise a Finding if rows have other labels than the data set."""
     from lipcert.certificate import read
 
     if labels is None:
         return
     stored = read(path.parent)["label"].tolist()
-    for idx, label in enumerate(labels):
+    for idx, label in enumerate(labels.tolist()):
         if stored[idx] != label:
             raise Finding(f"{path} does not verify: row {idx}: the label is {label}, not {stored[idx]}")
 

@@ -25,8 +25,12 @@ EPS = (0.02, 0.1, 0.5)
 
 
 def run(*args: object) -> int:
+    return run_without_device(*args, "--device", "cpu")
+
+
+def run_without_device(*args: object) -> int:
     with pytest.raises(SystemExit) as stopped:
-        main([str(arg) for arg in args] + ["--device", "cpu"])
+        main([str(arg) for arg in args])
     assert isinstance(stopped.value.code, int)
     return stopped.value.code
 
@@ -111,6 +115,33 @@ def test_the_files_say_what_the_library_does(scenes: tuple[Path, Path], certifie
         right = (maps["predict"][i] == maps["label"][i]) & (maps["label"][i] != 255)
         assert int(row["correct"]) == right.sum()
         assert int(row["certified_alone"]) == (right & (maps["radius"][i] > eps)).sum() <= int(row["certified"])
+
+
+def test_the_checker_confirms_the_counts(
+    scenes: tuple[Path, Path], certified: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    capsys.readouterr()
+    assert run_without_device("verify", certified, "--data-root", scenes[1], "--limit", 3) == 0
+    assert "3 of 5 confirmed" in capsys.readouterr().out
+    shutil.copytree(scenes[0] / "model", certified / "model")
+    assert run_without_device("verify", certified, "--data-root", scenes[1]) == 0
+    assert "exactly this program" in capsys.readouterr().out
+    path = certified / "scenes.tsv"
+    lines = path.read_text().splitlines(keepends=True)
+    cells = lines[1].split("\t")
+    for column, word in ((3, "stable"), (6, "certified"), (7, "certified_alone")):
+        changed = [*cells]
+        changed[column] = str(int(cells[column]) + 1)
+        path.write_text("".join([lines[0], "\t".join(changed).rstrip("\n") + "\n", *lines[2:]]))
+        assert run_without_device("verify", certified, "--data-root", scenes[1]) == 3
+        assert f"{word} {changed[column]}".rstrip() in capsys.readouterr().err
+    path.write_text("".join(lines))
+    mask = scenes[1] / "camvid/testannot/0.png"
+    before = mask.read_bytes()
+    Image.fromarray(np.zeros((16, 24), dtype=np.uint8)).save(mask)
+    assert run_without_device("verify", certified, "--data-root", scenes[1]) == 3
+    assert "labels have another SHA-256" in capsys.readouterr().err
+    mask.write_bytes(before)
 
 
 def test_features_certify_more_than_logits(scenes: tuple[Path, Path]) -> None:
