@@ -149,10 +149,10 @@ def audit(
 
     A module is copied, put into evaluation mode and into float64; an exported program is taken as it is. `domain` is
     the interval that inputs lie in, or a box of two tensors of the shape of an input; `tightness` "fast" or "tight"
-    (more work for chains of layers), `method` how norms are bounded ("auto", "eigenvalue", "gram"). Raises BoundError
-    for operators without a rule (all of them at once), weights that are not finite, BatchNorm on batch statistics,
-    operators that mix images, and a module that computes something else than what it shows the exporter. Where no
-    finite bound is known, `upper` is infinite and `unbounded` says why.
+    (more work for chains of layers and small maps), `method` how norms are bounded (`spectral_norm_upper`).
+    Raises BoundError for operators without a rule (all of them at once), weights that are not finite, BatchNorm on
+    batch statistics, operators that mix images, and a module that computes something else than what it shows the
+    exporter. Where no finite bound is known, `upper` is infinite and `unbounded` says why.
 
     >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 1), nn.Sigmoid())
     >>> _ = nn.init.constant_(model[1].weight, 2.0)

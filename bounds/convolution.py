@@ -27,21 +27,11 @@ import torch
 from torch import Tensor
 
 from lipcert.bounds.core import Bound, BoundError
-from lipcert.bounds.matrix import MEMORY, norm_upper, resolve, scaled
+from lipcert.bounds.matrix import norm_upper, resolve, scaled
 from lipcert.bounds.rounding import UNIT, add_up, div_up, gamma, mul_up, scale_up, sqrt_up, sub_down
-from lipcert.bounds.spectral import TINY, Method, frobenius, largest_squared
-from lipcert.bounds.symbol import (
-    Axis,
-    Correlation,
-    degrees,
-    dense,
-    symbol,
-    symbol_error,
-    symbols,
-    torus,
-    trimmed,
-    untangled,
-)
+from lipcert.bounds.spectral import TINY, Method, frobenius
+from lipcert.bounds.symbol import Axis, Correlation, degrees, dense, symbol, torus, trimmed, untangled
+from lipcert.bounds.torus import largest_symbol, open_axis
 
 __all__ = ["conv_norm_upper", "correlation_norm", "kernel_norm_upper", "symbol"]
 
@@ -176,7 +166,8 @@ def correlation_norm(correlation: Correlation, method: Method) -> Bound:
         return Bound(0.0, "upper", "zero")
     correlation = untangled(correlation)
     sizes, degree = torus(correlation), degrees(correlation)
-    if not all(map(_attained, correlation.axes, degree, *_reads(correlation))) and _fits(correlation):
+    attained = list(map(_attained, correlation.axes, degree, *_reads(correlation)))
+    if not all(attained) and _fits(correlation):
         return _dense_bound(correlation, method)
     copies = math.prod(
         max(torch.bincount(torch.tensor(axis.source)[max(low, 0) : high + 1]).tolist())
@@ -192,14 +183,14 @@ def correlation_norm(correlation: Correlation, method: Method) -> Bound:
     for d, size, least in zip(degree, sizes, full, strict=True):
         if size < least:  # three roundings of an angle below 0.1, and a cosine to 4 units in the last place: within 8u
             factor = mul_up(factor, div_up(1.0, sub_down(math.cos(math.pi * d / (2 * size)), 8.0 * UNIT["float64"])))
-    squared = 0.0
-    for blocks in symbols(correlation, sizes, MEMORY):
-        squared = largest_squared(blocks, method, found=squared)
-    value = sqrt_up(squared)
-    if any(degree):  # otherwise every entry of the symbol is one weight
-        value = add_up(value, symbol_error(correlation), TINY)
-    name = "torus" if sizes == full else "grid"
-    place = "matrix" if max(sizes) == 1 else f"{name} {'x'.join(map(str, sizes))}"
+    open = open_axis(correlation, sizes, attained, method) if sizes == full else None
+    sizes = tuple(1 if j == open else size for j, size in enumerate(sizes))
+    twistable = sizes == full or open is not None
+    twistable &= not any(axis.wrap for axis in correlation.axes)
+    value, twisted = largest_symbol(correlation, sizes, open, method, twistable)
+    grid = "x".join("open" if j == open else str(size) for j, size in enumerate(sizes))
+    name = f"{'torus' if factor == 1.0 else 'grid'} {grid}{', twisted' if twisted else ''}"
+    place = "matrix" if max(sizes) == 1 and open is None else name
     return Bound(mul_up(value, factor, sqrt_up(float(copies))), "upper", f"{place}, {method}")
 
 

@@ -388,6 +388,7 @@ def propagate(
     missing = unknown_operators((node.op, node.module, node.source) for node in graph.nodes[1:])
     if missing is not None:
         raise missing
+    method = "tight" if (method, tightness) == ("auto", "tight") else method
     context = Context(graph, method, domain, Segments(graph, {*keep}, tightness, method))
     wanted = {*keep, *attention.sources(context.ranges.nodes)}
     source = context.value(graph.input, [], [], Rounding())

@@ -20,7 +20,6 @@ out, and a factor e^{i⟨ω,c⟩} on a phase never changes the norm.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,8 +27,6 @@ from torch import Tensor
 
 from lipcert.bounds.rounding import gamma
 from lipcert.bounds.spectral import frobenius
-
-CHUNK_TERMS = 3  # copies of a chunk of symbols alive at once: its real, imaginary and complex form
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ def torus(correlation: Correlation) -> tuple[int, ...]:
 
 def degrees(correlation: Correlation) -> tuple[int, ...]:
     """Return, for each axis, the degree of the symbol: the largest extent, in blocks, of the taps of one phase."""
-    phase, block = _polyphase(correlation)
+    phase, block = polyphase(correlation)
     extents = [block[phase == p] for p in phase.unique()]
     return tuple(max(int(e[:, j].max() - e[:, j].min()) for e in extents) for j in range(len(correlation.axes)))
 
@@ -137,40 +134,42 @@ def degrees(correlation: Correlation) -> tuple[int, ...]:
 def symbol_error(correlation: Correlation) -> float:
     """Bound ‖computed - exact‖ of each block that `symbols` yields, in the spectral norm, but for underflow.
 
-    An entry is Σ_t w_t (cos θ_t + i sin θ_t). `_circle` returns cos and sin, at most 1 in size, with an error of at
+    An entry is Σ_t w_t (cos θ_t + i sin θ_t). `circle` returns cos and sin, at most 1 in size, with an error of at
     most 8u, and summing T terms errs by γ_T Σ|w_t|, so real and imaginary part err by (γ_T + 8u) Σ|w_t| each, the
     complex entry by √2 times that, below γ_{2T+12} Σ_t|w_t|; the Frobenius norm of these bounds the spectral norm.
     """
-    phase, _ = _polyphase(correlation)
+    phase, _ = polyphase(correlation)
     magnitude = correlation.taps.abs()
     sums = torch.cat([magnitude[(phase == p).to(magnitude.device)].sum(0) for p in phase.unique()], -1)
     terms = len(correlation.taps)
     return float(frobenius(sums).max()) * gamma(2 * terms + 12) * (1.0 + gamma(terms + 4))
 
 
-def symbols(correlation: Correlation, sizes: tuple[int, ...], memory: int) -> Iterator[Tensor]:
-    """Yield the blocks H(ω) at ω = 2πj/P for the P of `sizes`, half of them by symmetry.
+def frequencies(sizes: tuple[int, ...], twisted: bool = False) -> tuple[Tensor, tuple[int, ...]]:
+    """Return half of the ω = 2π·j/P for the P of `sizes`, as integers j (f, axes) and denominators P.
 
-    They come in chunks (b, c_out, c_in·phases), all groups together; `memory` bounds, in bytes, what one chunk and the
-    work on it may take.
+    Half are enough: H(-ω) is the conjugate of H(ω). `twisted` takes ω = 2π(j + 1/2)/P on the axes with P > 1, as
+    (2j + 1)/2P. These are the frequencies of the torus on which whatever comes round changes its sign; it contains a
+    map just as the torus does, since coming round only meets zeros, and bounds it just as well, or better.
     """
-    phase, block = _polyphase(correlation)
-    members = [torch.nonzero(phase == p).flatten() for p in phase.unique()]
+    turns = tuple(2 * size if twisted and size > 1 else size for size in sizes)
+    ranges = [2 * torch.arange(s) + 1 if t > s else torch.arange(s) for s, t in zip(sizes, turns, strict=True)]
+    grid = torch.cartesian_prod(*ranges).reshape(-1, len(sizes))
+    places = torch.tensor([math.prod(turns[j + 1 :]) for j in range(len(turns))])
+    return grid[grid @ places <= (-grid % torch.tensor(turns)) @ places], turns
+
+
+def symbols(correlation: Correlation, frequencies: Tensor, turns: tuple[int, ...]) -> Tensor:
+    """Return the blocks H(ω) at ω = 2π·frequency/turn, (f, axes) -> (f·groups, c_out, c_in·phases)."""
+    phase, block = polyphase(correlation)
     _, groups, rows, columns = correlation.taps.shape
-    device = correlation.taps.device
-    half = max(range(len(sizes)), key=sizes.__getitem__)
-    ranges = [torch.arange(size // 2 + 1 if j == half else size) for j, size in enumerate(sizes)]
-    grid = torch.cartesian_prod(*ranges).reshape(-1, len(sizes))  # (f, axes)
-    width = columns * len(members)
-    entries = groups * ((CHUNK_TERMS + 3) * rows * width + 8 * min(rows, width) ** 2)
-    for frequencies in grid.split(max(1, memory // (16 * entries))):
-        parts = []
-        for member in members:
-            cos, sin = _circle(frequencies, block[member], sizes)  # (b, T_a)
-            taps = correlation.taps[member.to(device)].flatten(1)  # (T_a, g·c_out·c_in)
-            parts.append(torch.complex(cos.to(device) @ taps, sin.to(device) @ taps))
-        shape = (len(frequencies) * groups, rows, columns)
-        yield torch.cat([part.reshape(shape) for part in parts], -1)
+    device, parts = correlation.taps.device, []
+    for member in (torch.nonzero(phase == p).flatten() for p in phase.unique()):
+        cos, sin = circle(frequencies, block[member], turns)  # (f, T_a)
+        taps = correlation.taps[member.to(device)].flatten(1)  # (T_a, g·c_out·c_in)
+        part = torch.complex(cos.to(device) @ taps, sin.to(device) @ taps)
+        parts.append(part.reshape(len(frequencies) * groups, rows, columns))
+    return torch.cat(parts, -1)
 
 
 def dense(correlation: Correlation) -> Tensor:
@@ -200,17 +199,20 @@ def dense(correlation: Correlation) -> Tensor:
     return matrix.reshape(groups, rows * math.prod(outputs), columns * math.prod(inputs))
 
 
-def _polyphase(correlation: Correlation) -> tuple[Tensor, Tensor]:
-    """Return the number of each tap's phase (T,) and its shift in blocks (T, axes)."""
+def polyphase(correlation: Correlation, open: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return the number of each tap's phase (T,) and its shift in blocks (T, axes); an `open` axis has neither."""
     strides = torch.tensor([axis.stride for axis in correlation.axes])
     block = torch.div(correlation.shifts, strides, rounding_mode="floor")
+    rest = correlation.shifts - block * strides
+    if open is not None:
+        block[:, open] = rest[:, open] = 0
     phase = torch.zeros(len(block), dtype=torch.int64)
     for j, axis in enumerate(correlation.axes):
-        phase = phase * axis.stride + (correlation.shifts - block * strides)[:, j]
+        phase = phase * axis.stride + rest[:, j]
     return phase, block
 
 
-def _circle(frequencies: Tensor, block: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def circle(frequencies: Tensor, block: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Return cos and sin of θ = Σ_j 2π·frequency_j·block_j/P_j, (f, T) each, in [-1, 1] and with an error below 8u.
 
     θ is a multiple m/N of a full turn, N the least common multiple of the P_j, reduced in integers to at most an eighth
