@@ -217,7 +217,8 @@ def _lower(network: nn.Module, result: Audit, starts: Tensor | None, steps: int,
 def _record(
     resolved: Resolved, result: Audit, lower: LowerBound | None, claimed: float | None, seconds: float
 ) -> dict[str, Any]:
-    """Return the JSON of the result; for a run also what training believed, and what a paper's own formula claims."""
+    """Return the JSON of the result, what a paper's own formula claims, and for a run what training believed."""
+    from lipcert.models.network import Published
     from lipcert.report.shares import shares
 
     record: dict[str, Any] = {"lipcert": lipcert.__version__, "model": resolved.name, **result.to_json()}
@@ -232,9 +233,8 @@ def _record(
     record["features"] = None if result.head is None else result.head.penultimate.written
     if resolved.run is not None:
         record["estimate"] = _estimate(resolved.run / "metrics.csv")
-        published: Any = getattr(resolved.model, "published_bound", None)  # networks that follow a paper have one
-        if published is not None and (claim := published()) is not None:
-            record["published"] = claim
+    if isinstance(resolved.model, Published) and (formula := resolved.model.published_bound()) is not None:
+        record["published"] = formula
     record["seconds"] = seconds
     return record
 
@@ -292,7 +292,22 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
         proved = "none" if record["features"] is None else wording.upper(record["features"], 6)
         yield f"features before the head: estimate while training {record['estimate']:.6g}, proved bound {proved}"
     if "published" in record:
-        yield f"published formula: {record['published']['value']:.6g} ({record['published']['formula']})"
+        yield from _published(record)
+
+
+def _published(record: dict[str, Any]) -> Iterator[str]:
+    """Yield what a paper's formula says beside what is proved of the same: features, or logits without a head."""
+    from lipcert.report import wording
+
+    published = record["published"]
+    of = "logits" if record["features"] is None else "features before the head"
+    proved = record["upper"] if record["features"] is None else record["features"]
+    yield f"published formula of the {of}: {wording.significant(published['value'])} ({published['formula']})"
+    if "refined" in published:
+        yield f"  with its later refinement: {wording.significant(published['refined'])}"
+    part = float(proved) / published["value"]
+    times = f", which is {wording.significant(part, 3)} times the published value" if part > 0 else ""
+    yield f"  proved: {wording.upper(proved)}{times}"
 
 
 def _targets(json_file: str | None, run: Path | None) -> list[str]:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from lipcert.errors import InputError
 from lipcert.layers import NormalizedLinear, PowerIteration
 from lipcert.models.parts import Part
+
+
+@runtime_checkable
+class Published(Protocol):
+    """A network that follows a paper with a Lipschitz formula of its own."""
+
+    def published_bound(self) -> dict[str, Any] | None:
+        """Return what the authors' own formula claims for this network at inference, if it is published ("value",
+        "formula", "note")."""
+        ...
 
 
 class Estimated(nn.Module):
@@ -56,11 +66,6 @@ class PartNetwork(Estimated):
         for part in self._parts():
             constant = constant * part.lipschitz([next(norms) for _ in part.segments()])
         return constant
-
-    def published_bound(self) -> dict[str, Any] | None:
-        """Return what the authors' own formula claims for this network at inference, if it is published ("value",
-        "formula", "note")."""
-        return None
 
     def _parts(self) -> list[Part]:
         return [part for part in self.parts if isinstance(part, Part)]
