@@ -9,10 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dense import Apply
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 import lipcert.bounds.evaluation
 from lipcert.bounds import BoundError, audit
+from lipcert.bounds.rules.linear import absolute_norm, convolved, schur, windows
 
 
 def maxmin(x):
@@ -191,3 +194,34 @@ def test_differences_of_logits_err_by_their_own_rows(last: str) -> None:
     assert float((allowed / (2 * errors.whole[:, None, None])).max()) < 0.5
     rows = head.weight.double()
     assert bool((result.head.distances() >= (rows[:, None] - rows).norm(dim=-1) * (1 - 1e-12)).all())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data(), st.integers(1, 2), st.integers(1, 4), st.integers(1, 3), st.integers(1, 2), st.integers(0, 2))
+def test_norms_of_absolute_weights_are_those_of_a_dense_matrix(
+    data, groups: int, size: int, stride: int, dilation: int, padding: int
+) -> None:
+    """For every convolution: at least ‖|W|‖ as a dense matrix, and it where one window or none overlaps another."""
+    kernel = data.draw(st.integers(1, 4))
+    n = dilation * (kernel - 1) + 1 + data.draw(st.integers(0, 4)) - 2 * padding
+    assume(n > 0)
+    weight = torch.randn(2 * groups, size, kernel, kernel, dtype=torch.float64) * torch.rand(1, size, 1, 1)
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    basis = torch.eye(groups * size * n * n, dtype=torch.float64).reshape(-1, groups * size, n, n)
+    dense = F.conv2d(basis, weight.abs(), **options)
+    copies = windows((kernel,) * 2, (stride,) * 2, (dilation,) * 2, dense.shape[2:])
+    found, truth = convolved(weight, groups, copies), float(torch.linalg.matrix_norm(dense.flatten(1), 2))
+    assert truth * (1 - 1e-12) <= found
+    if dense.shape[2:].numel() == 1 and padding == 0:
+        assert found <= truth * 1.01
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(-300, 300), st.integers(0, 3))
+def test_absolute_norms_hold_at_every_scale(rows: int, columns: int, scale: int, zeros: int) -> None:
+    matrix = torch.randn(rows, columns, dtype=torch.float64)
+    matrix[:, :zeros] = 0.0
+    found = absolute_norm(matrix * 2.0**scale) / 2.0**scale
+    truth = float(torch.linalg.matrix_norm(matrix.abs(), 2))
+    assert truth * (1 - 1e-12) <= found <= schur(matrix) * (1 + 1e-12)
+    assert found <= truth * 1.05 or zeros
