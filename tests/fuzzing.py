@@ -122,7 +122,7 @@ def _edited(value: Any, rng: random.Random) -> Any:
         else:
             made[place] = _edited(value[place], rng)
         return made
-    if isinstance(value, int | float) and rng.random() < 0.4:
+    if isinstance(value, int | float) and abs(value) < 2**1000 and rng.random() < 0.4:
         return rng.choice((value + 1, value - 1, -value, value * 2, value * 1000, value / 3))
     return rng.choice(NASTY)
 
