@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
+from cli.test_cli import run
 from torch import Tensor, nn
 
 from lipcert.bounds import BoundError, audit
@@ -306,3 +309,29 @@ def test_a_batch_of_classes_that_are_equal_certifies_nothing_between_them() -> N
     for bias, (a, b) in itertools.product(([0.0, 5e-324], [0.0, 2.0**-1060]), ([1.0, 0.5], [0.0, 0.0])):
         row = ours(nn.Sequential(dense([[1.0, 0.0], [1.0, 0.0]], bias)), [a, b])
         assert row.radius == 0.0  # real, but below what an evaluation in float64 can tell apart
+
+
+def test_three_readings_on_the_command_line(run_folder: Path, tmp_path: Path, capsys) -> None:
+    """The float64 program loses almost nothing, the float32 program something; each says what it is about."""
+    radii = {}
+    for reading, about in {"": "real arithmetic", "float64": "in float64", "float32": "in float32"}.items():
+        folder = tmp_path / (reading or "real")
+        extra = ["--deployed", reading] if reading else []
+        code, out, err = run(capsys, "certify", str(run_folder), "--limit", "20", "-o", str(folder), *extra)
+        assert code == 0, err
+        assert about.split()[-1] in out.splitlines()[0]
+        assert about in json.loads((folder / "certificate.json").read_text())["statement"]
+        precision = json.loads((folder / "summary.json").read_text())["precision"]
+        assert precision == {"": "float64", "float64": "float64 program"}.get(reading, reading)
+        radii[reading] = [
+            float(line.split("\t")[3]) for line in (folder / "certificates.tsv").read_text().splitlines()[1:]
+        ]
+        code, out, err = run(capsys, "verify", str(folder), "--limit", "0")
+        assert code == 0, err
+    rows = list(zip(*radii.values(), strict=True))
+    assert all(real > program > single > 0 for real, program, single in rows)
+    assert all(program > real * (1 - 1e-6) for real, program, _ in rows)
+    code, _, err = run(
+        capsys, "certify", str(run_folder), "--limit", "20", "-o", str(tmp_path / "real"), "--deployed", "float64"
+    )
+    assert code == 2 and "precision: float64 there, float64 program now" in err  # readings never mix in one folder
