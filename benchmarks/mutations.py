@@ -1,10 +1,12 @@
 """Tampered certificates: how many of them `lipcert verify` rejects, and whether it says the right reason.
 
-    python benchmarks/mutations.py [--certificate FOLDER] [--seeds 8] [--record]        about 4 minutes, one core
+    python benchmarks/mutations.py [--model lipsformer] [--certificate FOLDER] [--seeds 8] [--record]
+                                                                                        about 4 minutes, one core
 
-Every kind of `tests/tampering.py` with several random choices, on a certificate of its own (an untrained LipShiFT on 6
-digits) or on one that `lipcert certify` wrote, with the images of its data set. Exits with 1 if one that is false is
-accepted, or one that is still true is rejected.
+Every kind of `tests/tampering.py` that applies, with several random choices, on a certificate of its own (an untrained
+LipShiFT or LipsFormer on 6 digits, or an untrained Lip-SegFormer on 3 images with masks) or on one that
+`lipcert certify` wrote, with the images of its data set. Exits with 1 if one that is false is accepted, or one that is
+still true is rejected.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from results import record
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from tampering import KINDS, Files, matches  # noqa: E402
+import issuing  # noqa: E402
+from tampering import Files, kinds, matches  # noqa: E402
 
 from lipcert import checker  # noqa: E402
 from lipcert.data import load, loader  # noqa: E402
@@ -37,15 +40,14 @@ def given(folder: Path, limit: int) -> Files:
     return files
 
 
-def untrained(folder: Path) -> Files:
-    from issuing import small
-
-    return small(folder)
+MODELS = {"lipshift": issuing.small, "lipsformer": issuing.lipsformer, "lipsegformer": issuing.certify_masks}
+NAMES = {"lipshift": "LipShiFT", "lipsformer": "LipsFormer", "lipsegformer": "Lip-SegFormer"}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--certificate", type=Path, help="folder with certificate.json; needs its data set")
+    parser.add_argument("--model", choices=MODELS, default="lipshift", help="of the certificate of its own")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
@@ -53,13 +55,14 @@ def main() -> int:
     wrong = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        original = untrained(folder) if options.certificate is None else given(options.certificate, 6)
-        for kind, change in KINDS.items():
+        made = MODELS[options.model]
+        original = made(folder) if options.certificate is None else given(options.certificate, 6)
+        for kind, change in kinds(original).items():
             for seed in range(options.seeds):
                 files = original.copy()
                 expected = change(files, np.random.default_rng([zlib.crc32(kind.encode()), seed]))
                 files.write(folder)
-                report = checker.check(folder / "certificate.json", images=files.images)
+                report = checker.check(folder / "certificate.json", images=files.images, labels=files.labels)
                 outcome = "accepted" if report.accepted else "rejected"
                 right = matches(expected, report.reason)
                 counts["still true" if expected == "" else "false", outcome, "right" if right else "other"] += 1
@@ -67,7 +70,7 @@ def main() -> int:
                     wrong.append(f"{kind} {seed}: {report.reason or 'accepted'}")
     false = sum(n for key, n in counts.items() if key[0] == "false")
     true = sum(n for key, n in counts.items() if key[0] == "still true")
-    what = "untrained LipShiFT" if options.certificate is None else options.certificate.name
+    what = f"untrained {NAMES[options.model]}" if options.certificate is None else options.certificate.name
     row = (
         f"{what} | {false} | {counts['false', 'rejected', 'right'] + counts['false', 'rejected', 'other']} | "
         f"{counts['false', 'rejected', 'right']} | {true} | {counts['still true', 'accepted', 'right']}"

@@ -41,7 +41,7 @@ UP = 1.0 + 2.0**-44  # more than 100 roundings of positive numbers
 WIDE = 1.0 + 2.0**-10  # rows of norm 1, and what is computed of them
 JSON_BYTES, JSON_DEPTH, TENSOR_BYTES, TEXT_BYTES = 64 << 20, 64, 4 << 30, 1 << 30
 ENTRIES = 1 << 26  # of one array that is formed
-DENSE_SIDE, DENSE_ENTRIES, OPEN_SIDE, OPEN = 2048, 1 << 25, 4096, 9  # see `kernel_norm`
+DENSE_SIDE, DENSE_ENTRIES, OPEN_SIDE, OPEN, MATRIX_SIDE = 2048, 1 << 25, 4096, 9, 8192  # see `kernel_norm`
 SCHEMA = 1
 COLUMNS = "idx label predict radius correct time margin error image".split()
 SCENE_COLUMNS = "idx eps pixels stable valid correct certified certified_alone".split()
@@ -214,6 +214,11 @@ def schur(magnitudes: Array) -> float:
     return math.sqrt(sums) * (1 + gamma(max(magnitudes.shape) + 8))
 
 
+def eye(n: int) -> Array:
+    require(n * n <= ENTRIES, f"{n} channels are too many")
+    return np.eye(n)
+
+
 def pointwise(matrix: Array, size: Pair, error: float = 0.0) -> Kernel:
     """Return the map that multiplies the channels at every position by a matrix."""
     return Kernel({(0, 0): matrix}, (matrix.shape[1], *size), (matrix.shape[0], *size), error=error)
@@ -227,9 +232,9 @@ def compose(second: Kernel, first: Kernel) -> Kernel:
     """
     require(second.source == first.target, "shapes do not fit")
     for axis in (0, 1):
-        (low, high), size, stride = second.reach(axis), first.source[1 + axis], first.stride[axis]
+        (low, high), size, step = second.reach(axis), first.source[1 + axis], first.stride[axis]
         beyond = [*range(low, 0), *range(first.target[1 + axis], high + 1)]
-        cut = any(0 <= stride * p + t[axis] < size for p in beyond for t in first.taps)
+        cut = any(0 <= step * p + t[axis] < size for p in beyond for t in first.taps)
         require(not cut, "what is beyond the border of the map between is cut off, so they are not one convolution")
     taps: dict[Pair, Array] = {}
     for t, b in second.taps.items():
@@ -461,6 +466,7 @@ def opened(kernel: Kernel, axis: int) -> Kernel:
     """Return the same map (of stride 1) with the positions along an axis as channels: channel y·c + i."""
     (c, d), (h, n) = (kernel.target[0], kernel.source[0]), (kernel.target[1 + axis], kernel.source[1 + axis])
     taps: dict[Pair, Array] = {}
+    require(h * c * n * d <= ENTRIES, "the map is too large to be written out")
     for t, tap in kernel.taps.items():
         left = (0, t[1]) if axis == 0 else (t[0], 0)
         whole = taps.setdefault(left, np.zeros((h, c, n, d)))
@@ -514,6 +520,7 @@ def proved_norm(blocks: Iterable[Array]) -> float:
     tau = best = 0.0
     for block in blocks:
         a = block if block.shape[0] <= block.shape[1] else block.conj().T
+        require(len(a) <= MATRIX_SIDE, "a matrix is too large to be factorised here")
         gram = a @ a.conj().T
         mass = float(np.sum(np.square(a.real)) + np.sum(np.square(a.imag))) * (1 + gamma(2 * a.size + 8))
         square = _confirmed(gram, tau) if tau else None
@@ -732,13 +739,14 @@ def _conv(
     k = _pair(size, (0, 0))
     grid, places, out = _windows(input, k, s, _pair(padding, (0, 0)), _pair(dilation, (1, 1)))
     require(type(groups) is int and groups > 0 and per * groups == grid[0], "the shape of the weight")
-    require(c_out % groups == 0, "groups")
+    require(c_out % groups == 0 and c_out * grid[0] * len(places) <= ENTRIES, "groups or size")
     taps = {}
     for t, offset in places:
         taps[offset] = np.zeros((c_out, grid[0]))
         for g in range(groups):
             rows = slice(g * c_out // groups, (g + 1) * c_out // groups)
             taps[offset][rows, g * per : (g + 1) * per] = weight[rows, :, t[0], t[1]]
+    require(list(shape) == [1, c_out, *out], f"its result is {[1, c_out, *out]}, not {list(shape)}")
     return _through(Kernel(taps, grid, (c_out, *out), s), input, shape, bias)
 
 
@@ -750,7 +758,8 @@ def _average(
     s = _pair(stride, k)
     require(ceil_mode is False and divisor_override is None and (count_include_pad is True or p == (0, 0)), "options")
     (c, *sides), places, out = _windows(self, k, s, p)
-    part = np.eye(c) / (k[0] * k[1])
+    require(list(shape) == [1, c, *out], f"its result is {[1, c, *out]}, not {list(shape)}")
+    part = eye(c) / (k[0] * k[1])
     error = UNIT * math.sqrt(c) * UP
     return _through(Kernel({t: part for _, t in places}, (c, *sides), (c, *out), s, error), self, shape)
 
@@ -758,6 +767,7 @@ def _average(
 def _linear(shape: Sequence[int], input: Value, weight: Array, bias: Array | None = None) -> Operation:
     """Multiply along the last dimension: each of the N rows of a value is a position of a grid (d, 1, N)."""
     require(weight.ndim == 2 and weight.shape[1] == input.shape[-1], "the shape of the weight")
+    require(list(shape) == [*input.shape[:-1], len(weight)], "the shape of the result")
     if len(input.shape) == 2:
         return _through(pointwise(weight, (1, 1)), input, shape, bias)
     count = math.prod(input.shape[:-1])
@@ -838,7 +848,7 @@ def _center(shape: Sequence[int], x: Value, dims: list[int]) -> Operation:
         return array - array.mean(axes, keepdims=True), gamma(count + 8) * norms(majorant)
 
     def trace(m: Map) -> Map:
-        matrix = np.eye(shape[1]) - 1.0 / shape[1]
+        matrix = eye(shape[1]) - 1.0 / shape[1]
         error = 2 * UNIT * frobenius(matrix) + 2 * UNIT  # of 1/c and of the difference
         return Map.of(compose(pointwise(matrix, grid_of(shape)[1:], error), m.as_kernel()), shape, m.source)
 
@@ -848,6 +858,7 @@ def _center(shape: Sequence[int], x: Value, dims: list[int]) -> Operation:
 def _cat(shape: Sequence[int], tensors: list[Value], dim: int = 0) -> Operation:
     require(bool(tensors) and all(isinstance(x, Value) for x in tensors), "a constant among its arguments")
     require(type(dim) is int and -len(shape) <= dim < len(shape), "dim")
+    require(sum(math.prod(x.shape) for x in tensors) == math.prod(shape), "the shape of the result")
     dim = dim % len(shape)
 
     def run(*arrays: Array) -> tuple[Array, Array]:
@@ -898,6 +909,7 @@ def _attention(
     require(query.unit and key.unit and value.unit, "rows without a bound: queries, keys and values are normalised")
     (*lead, n, d), (*others, m, _) = query.shape, key.shape
     require(key.shape == value.shape and lead == others and key.shape[-1] == d and len(lead) > 0, "its shapes")
+    require(math.prod(lead) * n * m <= ENTRIES, "too many scores")
     factor = 1.0 / math.sqrt(d) if scale is None else scale
     require(type(factor) in (int, float) and abs(factor) < 1e6, "scale")
     bias = np.zeros((1, 1)) if attn_mask is None else attn_mask
@@ -1494,7 +1506,8 @@ def check(
             fits = images.ndim == 4 and images.shape[1:] == facts.shape
             require(fits, f"the images are {list(images.shape[1:])}, not {list(facts.shape)}")
             require(len(images) <= facts.n, f"there are {len(images)} images, but {facts.n} rows")
-            require(not facts.radii or labels is not None, "the labels of the positions are needed as well")
+            masks = not facts.radii or (labels is not None and len(labels) == len(images))
+            require(masks, "the labels of the positions of each image are needed as well")
             for start in range(0, len(images), batch_size):
                 part = images[start : start + batch_size].astype(np.float64)
                 for i, image in enumerate(part, start):

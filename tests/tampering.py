@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,11 @@ from safetensors.numpy import load, save
 
 Rng = np.random.Generator
 KINDS: dict[str, Callable[[Files, Rng], str]] = {}
-LOGITS = "factor|margin|radius|prediction"  # the proof or the rows are about another network
+OF: dict[str, tuple[str, ...]] = {}  # the certificates that a kind applies to
+IMAGES, MASKS, ATTENTION = "images", "masks", "attention"
+ATTENDS = "aten.scaled_dot_product_attention.default"
+# what must be said where the proof or the rows are about another network
+LOGITS = "factor|margin|radius|prediction|valid and correct|can be proved"
 
 
 @dataclass
@@ -73,7 +78,10 @@ class Files:
         return pick(rng, [node for node in self.nodes if node["op"] == op])
 
     def weight(self, rng: Rng) -> str:
-        return pick(rng, [name for name, tensor in self.tensors.items() if tensor.ndim > 1 and tensor.size > 10])
+        return pick(
+            rng,
+            [name for name, tensor in self.tensors.items() if tensor.ndim > 1 and tensor.size > 10 and tensor.any()],
+        )
 
     def row(self, rng: Rng) -> list[str]:
         return pick(rng, [row for row in self.rows[1:] if float(row[3]) > 0])
@@ -83,9 +91,22 @@ def pick(rng: Rng, items: list[Any]) -> Any:
     return items[int(rng.integers(len(items)))]
 
 
-def tampering(change: Callable[[Files, Rng], str]) -> Callable[[Files, Rng], str]:
-    KINDS[change.__name__] = change
+def tampering(
+    change: Callable[[Files, Rng], str], of: tuple[str, ...] = (IMAGES, MASKS)
+) -> Callable[[Files, Rng], str]:
+    KINDS[change.__name__], OF[change.__name__] = change, of
     return change
+
+
+def of(*traits: str) -> Callable[[Callable[[Files, Rng], str]], Callable[[Files, Rng], str]]:
+    return partial(tampering, of=traits)
+
+
+def kinds(files: Files) -> dict[str, Callable[[Files, Rng], str]]:
+    """Return the kinds that apply to a certificate: of images or of masks, and those of the operators that it has."""
+    attends = any(node["op"] == ATTENDS for node in files.nodes)
+    traits = {IMAGES if files.labels is None else MASKS, *([ATTENTION] if attends else [])}
+    return {kind: change for kind, change in KINDS.items() if traits & {*OF[kind]}}
 
 
 def matches(expected: str, reason: str) -> bool:
@@ -120,10 +141,10 @@ def weight_edited_hash_fixed(files: Files, rng: Rng) -> str:
 @tampering
 def all_weights_scaled(files: Files, rng: Rng) -> str:
     files.tensors[files.weight(rng)] *= 1 + 1e-6
-    return "the factor"
+    return "the factor|the margin"  # the bias of attention enters no factor of this size
 
 
-@tampering
+@of(IMAGES)
 def bias_edited(files: Files, rng: Rng) -> str:
     name = pick(rng, sorted(name for name in files.tensors if name.endswith("bias") and "head" not in name))
     files.tensors[name] = files.tensors[name] + np.eye(len(files.tensors[name]))[0] * 1e-3
@@ -160,8 +181,8 @@ def tensor_missing(files: Files, rng: Rng) -> str:
 @tampering
 def tensors_swapped(files: Files, rng: Rng) -> str:
     shapes = [tensor.shape for tensor in files.tensors.values() if tensor.ndim == 4]
-    alike = [n for n, t in files.tensors.items() if t.ndim == 4 and shapes.count(t.shape) > 1]
-    first, second = rng.permutation(alike)[:2]
+    shape = pick(rng, [shape for shape in shapes if shapes.count(shape) > 1])
+    first, second = rng.permutation([name for name, tensor in files.tensors.items() if tensor.shape == shape])[:2]
     files.tensors[first], files.tensors[second] = files.tensors[second], files.tensors[first]
     return LOGITS
 
@@ -242,7 +263,7 @@ def upper_lowered(files: Files, rng: Rng) -> str:
     return "upper"
 
 
-@tampering
+@of(IMAGES)
 def joint_flipped(files: Files, rng: Rng) -> str:
     """With one source it makes no difference: the root of a square."""
     step = pick(rng, files.steps)
@@ -256,11 +277,12 @@ def step_dropped(files: Files, rng: Rng) -> str:
     return "is not the input or the value of an earlier step|no step"
 
 
-@tampering
+@of(IMAGES)
 def steps_swapped(files: Files, rng: Rng) -> str:
     i = int(rng.integers(len(files.steps) - 2))  # the last two have one source
-    files.steps[i], files.steps[i + 1] = files.steps[i + 1], files.steps[i]
-    return "is not the input or the value of an earlier step"
+    first, second = files.steps[i], files.steps[i + 1]
+    files.steps[i], files.steps[i + 1] = second, first
+    return "is not the input or the value of an earlier step" if first["value"] in second["sources"] else ""
 
 
 @tampering
@@ -313,7 +335,7 @@ def factor_of_another_kind(files: Files, rng: Rng) -> str:
 @tampering
 def heads_missing(files: Files, rng: Rng) -> str:
     files.record["proof"]["heads"] = []
-    return "the radius"
+    return "the radius|which is what can be proved"
 
 
 @tampering
@@ -404,7 +426,7 @@ def argument_unknown(files: Files, rng: Rng) -> str:
     return "cannot be rechecked: arguments"
 
 
-@tampering
+@of(IMAGES)
 def bias_dropped(files: Files, rng: Rng) -> str:
     nodes = [n for n in files.nodes if n["arguments"].get("bias")]
     nodes = [n for n in nodes if files.tensors[n["arguments"]["bias"]["tensor"]].any()]
@@ -419,13 +441,13 @@ def slice_moved(files: Files, rng: Rng) -> str:
     return "cannot be rechecked"
 
 
-@tampering
+@of(IMAGES)
 def offset_changed(files: Files, rng: Rng) -> str:
     files.node(rng, "aten.sub.Tensor")["arguments"]["other"] = 0.5 + 10.0 ** -int(rng.integers(1, 5))
     return LOGITS
 
 
-@tampering
+@of(IMAGES)
 def scale_changed(files: Files, rng: Rng) -> str:
     files.node(rng, "aten.sub.Tensor")["arguments"]["alpha"] = 2
     return "cannot be rechecked"
@@ -489,20 +511,20 @@ def key_unknown(files: Files, rng: Rng) -> str:
 # the rows and what they are about
 
 
-@tampering
+@of(IMAGES)
 def radius_raised(files: Files, rng: Rng) -> str:
     row = files.row(rng)
     row[3] = repr(float(row[3]) * (1 + 10.0 ** -int(rng.integers(0, 5))))
     return "the radius"
 
 
-@tampering
+@of(IMAGES)
 def radius_not_a_number(files: Files, rng: Rng) -> str:
     files.row(rng)[3] = pick(rng, ["nan", "inf", "-0.1", "1e9", "", "0,1"])
     return "the radius|malformed"
 
 
-@tampering
+@of(IMAGES)
 def radius_lowered(files: Files, rng: Rng) -> str:
     """Less is claimed: still true."""
     row = files.row(rng)
@@ -510,7 +532,7 @@ def radius_lowered(files: Files, rng: Rng) -> str:
     return ""
 
 
-@tampering
+@of(IMAGES)
 def prediction_changed(files: Files, rng: Rng) -> str:
     row = files.row(rng)
     row[2] = str((int(row[2]) + 1) % 3)
@@ -518,7 +540,7 @@ def prediction_changed(files: Files, rng: Rng) -> str:
     return "prediction|the radius|margin"
 
 
-@tampering
+@of(IMAGES)
 def label_changed(files: Files, rng: Rng) -> str:
     """Labels enter `correct` alone: consistent ones cannot be refuted by the network (the command knows the data)."""
     row = files.row(rng)
@@ -527,33 +549,33 @@ def label_changed(files: Files, rng: Rng) -> str:
     return ""
 
 
-@tampering
+@of(IMAGES)
 def correct_changed(files: Files, rng: Rng) -> str:
     row = files.row(rng)
     row[4] = str(1 - int(row[4]))
     return "correct"
 
 
-@tampering
+@of(IMAGES)
 def margin_changed(files: Files, rng: Rng) -> str:
     row = files.row(rng)
     row[6] = repr(float(row[6]) * (1 + pick(rng, [-1, 1]) * 1e-6))
     return "margin"
 
 
-@tampering
+@of(IMAGES)
 def error_not_finite(files: Files, rng: Rng) -> str:
     files.row(rng)[7] = pick(rng, ["nan", "inf", "-1.0"])
     return "an error"
 
 
-@tampering
+@of(IMAGES)
 def image_hash_changed(files: Files, rng: Rng) -> str:
     files.row(rng)[8] = rng.bytes(32).hex()
     return "the image has another SHA-256"
 
 
-@tampering
+@of(IMAGES)
 def image_hash_malformed(files: Files, rng: Rng) -> str:
     row = files.row(rng)
     row[8] = pick(rng, ["", row[8].upper() + "A", row[8][:-1]])
@@ -573,7 +595,7 @@ def image_changed(files: Files, rng: Rng) -> str:
     return "the image has another SHA-256"
 
 
-@tampering
+@of(IMAGES)
 def rows_swapped(files: Files, rng: Rng) -> str:
     i = int(rng.integers(1, len(files.rows) - 1))
     a, b = files.rows[i], files.rows[i + 1]
@@ -587,7 +609,7 @@ def row_dropped(files: Files, rng: Rng) -> str:
     return "rows, not"
 
 
-@tampering
+@of(IMAGES)
 def row_repeated(files: Files, rng: Rng) -> str:
     files.rows.insert(2, files.rows[1])
     files.record["n"] += 1
@@ -596,13 +618,13 @@ def row_repeated(files: Files, rng: Rng) -> str:
 
 @tampering
 def rows_cut(files: Files, rng: Rng) -> str:
-    files.raw["certificates.tsv"] = lambda text: text[: -int(rng.integers(1, 60))]
+    files.raw[files.table] = lambda text: text[: -int(rng.integers(1, 60))]
     return "damaged"
 
 
 @tampering
 def column_renamed(files: Files, rng: Rng) -> str:
-    files.rows[0] = ["sigma" if cell == "radius" else cell for cell in files.rows[0]]
+    files.rows[0] = ["sigma" if cell in ("radius", "stable") else cell for cell in files.rows[0]]
     return "the header"
 
 
@@ -635,6 +657,263 @@ def precision_unknown(files: Files, rng: Rng) -> str:
 def norm_changed(files: Files, rng: Rng) -> str:
     files.record["norm"] = pick(rng, ["linf", "l1", "L2"])
     return "norm"
+
+
+# masks
+
+
+def _count(files: Files, rng: Rng, column: int) -> list[str]:
+    row = pick(rng, files.rows[1:])
+    row[column] = str(int(row[column]) + 1)
+    return row
+
+
+@of(MASKS)
+def stable_raised(files: Files, rng: Rng) -> str:
+    _count(files, rng, 3)
+    return "stable .* is above|contradict"
+
+
+@of(MASKS)
+def certified_raised(files: Files, rng: Rng) -> str:
+    _count(files, rng, 6)
+    return "certified .* is above|contradict"
+
+
+@of(MASKS)
+def certified_alone_raised(files: Files, rng: Rng) -> str:
+    _count(files, rng, 7)
+    return "certified_alone .* is above|contradict"
+
+
+@of(MASKS)
+def counts_lowered(files: Files, rng: Rng) -> str:
+    """Less is claimed: still true."""
+    row = pick(rng, files.rows[1:])
+    row[3] = str(int(rng.integers(int(row[3]) + 1)))
+    row[6] = row[7] = str(int(rng.integers(min(int(row[6]), int(row[7])) + 1)))
+    return ""
+
+
+@of(MASKS)
+def labelled_changed(files: Files, rng: Rng) -> str:
+    row = pick(rng, files.rows[1:])
+    row[4] = str(int(row[4]) + (1 if row[4] != row[2] else -1))
+    return "valid and correct are|contradict"
+
+
+@of(MASKS)
+def right_changed(files: Files, rng: Rng) -> str:
+    row = _count(files, rng, 5)
+    row[5] = str(min(int(row[5]), int(row[4])))
+    return "valid and correct are"
+
+
+@of(MASKS)
+def pixels_changed(files: Files, rng: Rng) -> str:
+    _count(files, rng, 2)
+    return "contradict"
+
+
+@of(MASKS)
+def eps_of_a_row_raised(files: Files, rng: Rng) -> str:
+    row = pick(rng, files.rows[1:])
+    row[1] = repr(float(row[1]) * 1.01)
+    return "it is image"
+
+
+@of(MASKS)
+def all_eps_raised(files: Files, rng: Rng) -> str:
+    factor = 3.0 + rng.random()
+    files.record["eps"] = [eps * factor for eps in files.record["eps"]]
+    for row in files.rows[1:]:
+        row[1] = repr(float(row[1]) * factor)
+    return "which is what can be proved"
+
+
+@of(MASKS)
+def eps_not_numbers(files: Files, rng: Rng) -> str:
+    files.record["eps"] = pick(rng, [[], [True], ["0.1"], [-1], None])
+    return "eps"
+
+
+@of(MASKS)
+def labels_edited(files: Files, rng: Rng) -> str:
+    assert files.labels is not None
+    files.labels.reshape(-1)[int(rng.integers(files.labels.size))] ^= 1
+    return "labels have another SHA-256"
+
+
+@of(MASKS)
+def labels_edited_hash_fixed(files: Files, rng: Rng) -> str:
+    assert files.labels is not None
+    i = int(rng.integers(len(files.labels)))
+    files.labels[i] = np.where(files.labels[i] == 255, 255, (files.labels[i] + 1) % 4)
+    digest = hashlib.sha256(files.labels[i].astype("<i8").tobytes()).hexdigest()
+    files.record["scenes"][i][1] = digest
+    return "valid and correct are"
+
+
+@of(MASKS)
+def scene_hash_changed(files: Files, rng: Rng) -> str:
+    pick(rng, files.record["scenes"])[int(rng.integers(2))] = rng.bytes(32).hex()
+    return "another SHA-256"
+
+
+@of(MASKS)
+def scene_hashes_too_few(files: Files, rng: Rng) -> str:
+    files.record["scenes"].pop()
+    return "one pair of SHA-256 for each image"
+
+
+@of(MASKS)
+def task_renamed(files: Files, rng: Rng) -> str:
+    files.record["task"] = pick(rng, ["detection", "", None])
+    return "task"
+
+
+@of(MASKS)
+def head_bias_edited(files: Files, rng: Rng) -> str:
+    files.tensors["head.bias"] = files.tensors["head.bias"] + np.eye(4)[int(rng.integers(4))] * 100
+    return LOGITS
+
+
+def _branching(files: Files, rng: Rng) -> dict[str, Any]:
+    return pick(rng, [step for step in files.steps if "branches" in step])
+
+
+@of(MASKS)
+def branches_missing(files: Files, rng: Rng) -> str:
+    del _branching(files, rng)["branches"]
+    return "not an affine function"
+
+
+@of(MASKS)
+def branch_missing(files: Files, rng: Rng) -> str:
+    step = _branching(files, rng)
+    step["branches"].pop(int(rng.integers(len(step["branches"]))))
+    return "one branch for each part"
+
+
+@of(MASKS)
+def branches_swapped(files: Files, rng: Rng) -> str:
+    _branching(files, rng)["branches"].reverse()
+    return "no step bounds"
+
+
+@of(MASKS)
+def branch_starts_at_the_source(files: Files, rng: Rng) -> str:
+    """Then the parts are no functions of different pieces."""
+    step = _branching(files, rng)
+    source = step["sources"][0]
+    for branch in step["branches"]:
+        if branch["steps"]:
+            for inner in branch["steps"]:
+                inner["sources"] = [source if s == branch["start"] else s for s in inner["sources"]]
+            branch["start"] = source
+    return "the factor"
+
+
+@of(MASKS)
+def branch_step_dropped(files: Files, rng: Rng) -> str:
+    steps = next(b["steps"] for b in _branching(files, rng)["branches"] if b["steps"])
+    steps.pop(int(rng.integers(len(steps))))
+    return "no step bounds|is not the input or the value"
+
+
+@of(MASKS)
+def branch_factor_lowered(files: Files, rng: Rng) -> str:
+    steps = next(b["steps"] for b in _branching(files, rng)["branches"] if b["steps"])
+    _lower(pick(rng, steps))
+    return "the factor"
+
+
+@of(MASKS)
+def step_with_branches_lowered(files: Files, rng: Rng) -> str:
+    """The step alone claims less than its branches prove."""
+    step = _branching(files, rng)
+    step["factors"] = [step["factors"][0] * (1 - 1e-3)]
+    recompose(files)
+    return "the factor"
+
+
+# attention
+
+
+@of(ATTENTION)
+def temperature_raised(files: Files, rng: Rng) -> str:
+    arguments = files.node(rng, ATTENDS)["arguments"]
+    arguments["scale"] *= 1 + 1e-4
+    return "the factor"
+
+
+@of(ATTENTION)
+def attention_bias_enlarged(files: Files, rng: Rng) -> str:
+    name = files.node(rng, ATTENDS)["arguments"]["attn_mask"]["tensor"]
+    files.tensors[name] = files.tensors[name] * 3 + np.linspace(0, 1, files.tensors[name].shape[-1])
+    return "the factor"
+
+
+@of(ATTENTION)
+def attention_factor_lowered(files: Files, rng: Rng) -> str:
+    step = pick(rng, [step for step in files.steps if step["rule"] == "attention"])
+    step["factors"][int(rng.integers(3))] *= 1 - 1e-5
+    recompose(files)
+    return "the factor"
+
+
+@of(ATTENTION)
+def normalisation_weakened(files: Files, rng: Rng) -> str:
+    files.node(rng, "lipcert.normalize")["arguments"]["eps"] *= 0.999
+    return "the factor"
+
+
+@of(ATTENTION)
+def normalisation_of_another_kind(files: Files, rng: Rng) -> str:
+    arguments = files.node(rng, "lipcert.normalize")["arguments"]
+    if rng.random() < 0.5:
+        arguments["kind"] = pick(rng, ["mean", "sum", "max", "none"])
+    else:
+        arguments["dim"] -= 1
+    return "another normalisation"
+
+
+@of(ATTENTION)
+def normalisation_bypassed(files: Files, rng: Rng) -> str:
+    node = files.node(rng, ATTENDS)
+    side = pick(rng, ["query", "key", "value"])
+    before = next(n for n in files.nodes if n["name"] == node["arguments"][side]["value"])
+    node["arguments"][side] = before["arguments"]["x"]
+    return "rows without a bound"
+
+
+@of(ATTENTION)
+def keys_and_values_swapped(files: Files, rng: Rng) -> str:
+    arguments = files.node(rng, ATTENDS)["arguments"]
+    arguments["key"], arguments["value"] = arguments["value"], arguments["key"]
+    return "not its arguments in order"
+
+
+@of(ATTENTION)
+def attention_options_changed(files: Files, rng: Rng) -> str:
+    option, value = pick(rng, [("is_causal", True), ("dropout_p", 0.1), ("enable_gqa", True), ("scale", "1")])
+    files.node(rng, ATTENDS)["arguments"][option] = value
+    return "cannot be rechecked"
+
+
+@of(ATTENTION)
+def windows_transposed_otherwise(files: Files, rng: Rng) -> str:
+    node = pick(rng, [n for n in files.nodes if n["op"] == "aten.transpose.int" and len(n["shape"]) == 6])
+    node["arguments"]["dim1"] = 4
+    return "cannot be rechecked|" + LOGITS
+
+
+@of(ATTENTION)
+def share_of_attention_raised(files: Files, rng: Rng) -> str:
+    node = pick(rng, [n for n in files.nodes if n["op"] == "aten.mul.Tensor" and "tensor" in str(n["arguments"])])
+    name = next(a["tensor"] for a in node["arguments"].values() if "tensor" in a)
+    files.tensors[name] = np.asarray(files.tensors[name] * (1 + 1e-6))
+    return "the factor"
 
 
 # the file

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from issuing import N, small
-from tampering import KINDS, Files, matches, pick
+from issuing import N, certify_masks, lipsformer, small
+from tampering import KINDS, OF, Files, matches, pick
 
 from lipcert import checker
 
@@ -26,9 +26,18 @@ def residual(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return small(tmp_path_factory.mktemp("residual"), residual="published", shift="zero")
 
 
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
+    """With attention, and of masks."""
+    return {
+        "attention": lipsformer(tmp_path_factory.mktemp("attention")),
+        "masks": certify_masks(tmp_path_factory.mktemp("masks")),
+    }
+
+
 def verdict(files: Files, folder: Path) -> checker.Report:
     files.write(folder)
-    return checker.check(folder / "certificate.json", images=files.images)
+    return checker.check(folder / "certificate.json", images=files.images, labels=files.labels)
 
 
 def test_what_was_written_is_accepted(written: Files, residual: Files, tmp_path: Path) -> None:
@@ -41,15 +50,23 @@ def test_what_was_written_is_accepted(written: Files, residual: Files, tmp_path:
             assert own <= claimed <= own * (1 + 2.5e-7), value
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "images" in OF[kind]])
 def test_a_change_is_rejected_for_its_reason(kind: str, written: Files, tmp_path: Path) -> None:
     for seed in range(2):
-        files = written.copy()
-        rng = np.random.default_rng([zlib.crc32(kind.encode()), seed])
-        expected = KINDS[kind](files, rng)
-        report = verdict(files, tmp_path)
-        assert matches(expected, report.reason), f"{report.reason or 'accepted'}; expected {expected!r}"
-        assert report.accepted == (expected == "")
+        assert_rejected(kind, seed, written, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "images" not in OF[kind]])  # all: benchmarks/mutations.py
+def test_a_change_of_others_is_rejected(kind: str, others: dict[str, Files], tmp_path: Path) -> None:
+    assert_rejected(kind, 0, others[OF[kind][0]], tmp_path)
+
+
+def assert_rejected(kind: str, seed: int, original: Files, folder: Path) -> None:
+    files = original.copy()
+    expected = KINDS[kind](files, np.random.default_rng([zlib.crc32(kind.encode()), seed]))
+    report = verdict(files, folder)
+    assert matches(expected, report.reason), f"{report.reason or 'accepted'}; expected {expected!r}"
+    assert report.accepted == (expected == "")
 
 
 def test_sums_are_not_joint(residual: Files, tmp_path: Path) -> None:
