@@ -285,10 +285,13 @@ class Context:
         In a precision that cannot hold them they are rounded, which counts as an error of the operator.
         """
         total = 0.0
-        for leaf in leaves(list(node.arguments.values())):
+        places = ("dim", "start", "end", "step", "index")  # whole numbers that are no constants
+        for leaf in leaves([argument for key, argument in node.arguments.items() if key not in places]):
             tensor = leaf.tensor if isinstance(leaf, BatchConstant) else leaf
             if isinstance(tensor, float) or (isinstance(tensor, int) and abs(tensor) > EXACT_INTEGERS):
                 tensor = torch.tensor(float(tensor), dtype=torch.float64)
+            if isinstance(tensor, Tensor) and not tensor.is_floating_point() and tensor.dtype != torch.bool:
+                tensor = torch.where(tensor.abs() > EXACT_INTEGERS, tensor, 0).to(torch.float64)
             if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
                 copies = math.prod(node.shape) / tensor.numel()
                 finite = torch.where(tensor.isinf(), 0.0, tensor)  # infinite bounds of a clamp are exact

@@ -249,6 +249,9 @@ OTHERWISE: dict[str, tuple[nn.Module, list[float]]] = {
                                          dense([[1.0, 0.0], [0.0, 0.0]], [0.0, 1e-7])), [1.0, 0.75]),
     "a whole number is rounded": (nn.Sequential(Apply(lambda m, x: (x + 16777217) - 16777216),
                                                 dense([[1.0, 0.0], [0.0, 0.0]], [0.0, 0.5])), [1.0, 0.75]),
+    "whole numbers in a tensor are rounded": (
+        nn.Sequential(Apply(lambda m, x: (x + torch.tensor([16777217])) - torch.tensor([16777216])),
+                      dense([[1.0, 0.0], [0.0, 0.0]], [0.0, 0.5])), [1.0, 0.75]),
     "a sum overflows before a mean": (
         nn.Sequential(Apply(lambda m, x: (x * m.c).sum(1, keepdim=True), c=[[2.0**127, 2.0**127, -(2.0**127)]]),
                       dense([[2.0**-127], [0.0]], [0.0, 0.1])), [1.0, 1.0, 1.0]),
