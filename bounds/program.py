@@ -35,7 +35,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -177,7 +177,7 @@ class Program:
         for index, node in enumerate(self.graph.nodes):
             if index:
                 arguments = {key: given(argument, values, x) for key, argument in node.arguments.items()}
-                values[node.name] = evaluate(node, arguments, self._steps[index].rounding)
+                values[node.name] = evaluate(node, arguments)
                 for name in {*node.inputs}:
                     if self._last[name] == node.name:
                         del values[name]
@@ -187,11 +187,12 @@ class Program:
     def _norm(self, index: int, node: Node, value: Tensor) -> Tensor:
         """Return the l2 norm of a computed value for each image, rounded up, (n,)."""
         if node.batch is None:
-            rows = value.reshape(1, -1)
+            rows = value[None]
         else:
             outer, inner = self._merged[index]
-            rows = value.unflatten(node.batch, (outer, -1, inner)).movedim(node.batch + 1, 0).flatten(1)
-        return enlarge(torch.linalg.vector_norm(rows, dim=1), rows.shape[1] + 4) + 2.0**-480
+            rows = value.unflatten(node.batch, (outer, -1, inner)).movedim(node.batch + 1, 0)
+        count = math.prod(rows.shape[1:])
+        return enlarge(torch.linalg.vector_norm(rows, dim=tuple(range(1, rows.ndim))), count + 4) + 2.0**-480
 
     # ----------------------------------------------------------------------------------------------------- errors
 
@@ -237,7 +238,7 @@ class Program:
         known: Sequence[Tensor], own: bool,
     ) -> Tensor:  # fmt: skip
         """Return the error that operator `index` adds."""
-        rounding = step.rounding if own else replace(step.rounding, blocks=1)
+        rounding = step.rounding
         tiny, entries = TINY[precision], math.prod(self.graph.nodes[index].shape)
         never = rounding.operations * tiny > UNIT[precision]
         if never or not own and (rounding.own_only or self._constants[index] > LARGE[precision]):
@@ -246,10 +247,10 @@ class Program:
         total = _gamma(rounding.output, precision) * result + rounding.absolute
         for (count, size), i, error in zip(rounding.inputs, step.inputs, known, strict=False):
             absolute = size * norm(i, error)
-            total = total + _gamma(rounding.length(count), precision) * absolute
+            total = total + _gamma(count, precision) * absolute
             largest = torch.maximum(largest, absolute)
         if rounding.constant[1]:
-            total = total + _gamma(rounding.length(rounding.constant[0]), precision) * rounding.constant[1]
+            total = total + _gamma(rounding.constant[0], precision) * rounding.constant[1]
         if rounding.operations:
             for factor, i, error in zip(step.factors, step.inputs, known, strict=True):
                 total = total + FLUSHED[precision] * norm(i, error) + MANY * tiny * factor

@@ -43,9 +43,8 @@ class Rounding:
 
     With γ of the precision: Σ_i γ_{n_i}·S_i·‖argument_i‖ + γ_output·‖result‖ + γ_n·‖constant‖ + absolute, plus what can
     underflow (`operations` per output entry; more where a loss is divided by something small). S_i also bounds the sum
-    of the absolute values. `squares`: so many squares of the arguments are summed up for each output entry. Evaluated
-    by `Program` itself, inner products are cut into `blocks`, which shortens them. `own_only`: proved for that
-    evaluation, not for torch's own kernel.
+    of the absolute values. `squares`: so many squares of the arguments are summed up for each output entry. `own_only`:
+    proved for the evaluation by `Program` itself, not for torch's own kernel.
     """
 
     inputs: tuple[tuple[int, float], ...] = ()
@@ -55,11 +54,6 @@ class Rounding:
     operations: float = 0
     squares: int = 0
     own_only: bool = False
-    blocks: int = 1
-
-    def length(self, count: int) -> int:
-        """Return the roundings of an inner product of `count`, if it is summed in blocks."""
-        return count if self.blocks == 1 else -(-count // self.blocks) + self.blocks + 4
 
 
 EXACT = Rounding()

@@ -20,7 +20,6 @@ from torch import Tensor
 from lipcert.bounds.affine import AffineMap, compose, pointwise, segment_bound
 from lipcert.bounds.convolution import conv_norm_upper
 from lipcert.bounds.core import BoundError, rule
-from lipcert.bounds.evaluation import block_count
 from lipcert.bounds.graph import Node, Ref
 from lipcert.bounds.layout import Layout
 from lipcert.bounds.matrix import scaled, spectral_norm_upper
@@ -47,10 +46,9 @@ def convolution(node: Node, context: Context) -> Value:
     extents = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
     padding = node["padding"]
     before = [e // 2 if padding == "same" else 0 for e in extents] if isinstance(padding, str) else _each(padding, axes)
-    blocks = block_count(weight.shape[1], weight[0].numel()) if node["groups"] == 1 else 1
     stride = _each(node["stride"], axes)
     size = convolved(weight, node["groups"], windows(weight.shape[2:], stride, dilation, node.shape[2:]))
-    rounding = _rounding(node, context, weight, weight[0].numel(), size, blocks=blocks)
+    rounding = _rounding(node, context, weight, weight[0].numel(), size)
     if axes == 3:
         norm = cache(
             lambda: conv_norm_upper(
@@ -99,8 +97,7 @@ def linear(node: Node, context: Context) -> Value:
     weight = _weight(node, context, "weight")
     if weight is None:
         return context.unbounded(node, [x], "the weight matrix depends on the input")
-    blocks = block_count(weight.shape[1], weight.shape[1])
-    return contraction(node, context, x, weight, len(x.shape) - 1, blocks=blocks)
+    return contraction(node, context, x, weight, len(x.shape) - 1)
 
 
 @rule("aten.addmm.default")
@@ -125,9 +122,7 @@ def cumulative_sum(node: Node, context: Context) -> Value:
     return contraction(node, context, x, ones.tril(), dim, bias="")
 
 
-def contraction(
-    node: Node, context: Context, x: Value, matrix: Tensor, dim: int, *, bias: str = "bias", blocks: int = 1
-) -> Value:
+def contraction(node: Node, context: Context, x: Value, matrix: Tensor, dim: int, *, bias: str = "bias") -> Value:
     """Return the value of a matrix (k, d) applied along dimension `dim` of x, of size d.
 
     Where that dimension holds the channels, positions stay; where it holds whole (c, h, w) arrays, as after a flatten,
@@ -151,7 +146,7 @@ def contraction(
 
     norm = cache(lambda: spectral_norm_upper(matrix, context.method))
     size = absolute_norm(matrix)
-    rounding = _rounding(node, context, matrix, matrix.shape[1], size, bias, blocks)
+    rounding = _rounding(node, context, matrix, matrix.shape[1], size, bias)
     return context.linear(node, x, transform, channel=dim, norm=norm, cheap=size, rounding=rounding)
 
 
@@ -202,9 +197,7 @@ def _each(value: int | list[int] | tuple[int, ...], axes: int) -> list[int]:
     return given * axes if len(given) == 1 else given
 
 
-def _rounding(
-    node: Node, context: Context, weight: Tensor, length: int, size: float, bias: str = "bias", blocks: int = 1
-) -> Rounding:
+def _rounding(node: Node, context: Context, weight: Tensor, length: int, size: float, bias: str = "bias") -> Rounding:
     """Return the rounding of inner products of this length, in l2 over all outputs, the bias included.
 
     `size` is a bound of ‖|W|‖, of the operator with the absolute values of its weights.
@@ -214,7 +207,7 @@ def _rounding(
     if offset is not None:
         norm = enlarge(float(torch.linalg.vector_norm(offset)), offset.numel() + 2)
         constant = mul_up(norm, sqrt_up(div_up(math.prod(node.shape), offset.numel())))
-    return Rounding(((length + 3, size),), constant=(length + 3, constant), operations=2 * length + 2, blocks=blocks)
+    return Rounding(((length + 3, size),), constant=(length + 3, constant), operations=2 * length + 2)
 
 
 def schur(weight: Tensor) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -118,13 +119,27 @@ def test_errors_do_not_double_at_every_block():
     assert result.program.evaluate(torch.rand(2, 3, 4, 4, dtype=torch.float64))[1].max() < 1e-11
 
 
-def test_long_inner_products_are_summed_in_blocks():
-    model = nn.Linear(8192, 2)
-    program = audit(model, (8192,)).program
-    x = torch.rand(3, 8192, dtype=torch.float64)
-    output, error = program.evaluate(x)
-    assert torch.allclose(output, model.double()(x), rtol=1e-12)
-    assert error.max() < 0.2 * 8192 * 2.0**-53 * model.weight.abs().sum(1).norm() * x.norm(dim=1).max()
+@settings(max_examples=80, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 7), st.integers(1, 7)), kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)), padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)), bias=st.booleans(), layout=st.booleans(),
+    cached=st.sampled_from([1, 2**23]),
+)  # fmt: skip
+def test_own_convolutions_are_torchs(size, kernel, stride, padding, dilation, bias, layout, cached):
+    assume(all(n + 2 * p > d * (k - 1) for n, p, d, k in zip(size, padding, dilation, kernel, strict=True)))
+    x = torch.randn(5, 3, *size, dtype=torch.float64)
+    x = x.to(memory_format=torch.channels_last) if layout else x
+    layer = nn.Conv2d(3, 4, kernel, stride, padding, dilation, bias=bias).double()
+    node = replace(audit(nn.Conv2d(3, 4, 1), (3, 2, 2)).program.graph.nodes[-1], arguments={})
+    arguments = {
+        "input": x, "weight": layer.weight.detach(), "bias": None if layer.bias is None else layer.bias.detach(),
+        "stride": stride, "padding": padding, "dilation": dilation, "groups": 1,
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lipcert.bounds.evaluation, "CACHED", cached)
+        result = lipcert.bounds.evaluation.evaluate(node, arguments)
+    assert torch.allclose(result, layer(x), rtol=1e-12, atol=1e-13) and result.shape == layer(x).shape
 
 
 def test_normalisations_are_proved_for_our_evaluation_only():
