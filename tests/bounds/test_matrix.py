@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lipcert.bounds import BoundError, hermitian, matrix, spectral
+from lipcert.bounds import BoundError, hermitian, matrix
 from lipcert.bounds.matrix import (
     eigenvalue_upper,
     gram_upper,
