@@ -2,10 +2,11 @@
 
     python benchmarks/segcertify.py [--record]                about 2 minutes on 2 cores
 
-Both certify the same exported Lip-SegFormer in turns; reported is the ratio of their times for one image, its median and
-range. Ours evaluates images in batches, as `lipcert certify` does, in float64 with a bound of the rounding error, and
-counts pixels at four radii (`clearances`, `count`); its audit, once per network, is reported on its own. SegCertify
-evaluates the samples of one image in batches, in float32, and the test of all pixels is part of it. What the two certify differs: see lipcert/smoothing.py.
+Both certify the same exported Lip-SegFormer in turns; reported is the ratio of their times for one image, its median
+and range. Ours evaluates images in batches, as `lipcert certify` does, in float64 with a bound of the rounding error,
+and counts pixels at four radii (`clearances`, `count`); its audit, once per network, is reported on its own. SegCertify
+evaluates the samples of one image in batches, in float32, and the test of all pixels is part of it. What the two
+certify differs: see lipcert/smoothing.py.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def main() -> None:
     ratios = [smoothing / mine for mine, smoothing in seconds]
     mine, smoothing = (1000 * statistics.median(times) for times in zip(*seconds, strict=True))
     text = (
-        f"{args.model}, {height}x{width}, {args.rounds} rounds, batches of {args.batch}: SegCertify with {args.n} + {args.n0} samples takes "
+        f"{args.model}, {height}x{width}, {args.rounds} rounds, batches of {args.batch}: "
+        f"SegCertify with {args.n} + {args.n0} samples takes "
         f"{statistics.median(ratios):.1f} times as long (range {min(ratios):.1f} to {max(ratios):.1f}); "
         f"{mine:.0f} and {smoothing:.0f} ms an image; audit once {auditing:.1f} s"
     )
