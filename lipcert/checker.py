@@ -325,6 +325,7 @@ class Map:
                 taps[t] = np.zeros((target[0], origin[0]))
             taps[t][c, channel] = scale[c, y, x]
         made = Kernel(taps, origin, target, (stride[0], stride[1]))
+        made = made if made.moves(1) else replace(made, error=gamma(2) * made.size)  # a factor may have been rounded
         return made if self.kernel is None else compose(made, self.kernel)
 
 
@@ -628,6 +629,7 @@ MOVES: dict[str, Callable[..., Array]] = {
     "aten.roll.default": _roll,
     "aten.permute.default": lambda self, dims: np.transpose(self, dims),
     "aten.transpose.int": lambda self, dim0, dim1: np.swapaxes(self, dim0, dim1),
+    "aten.mT.default": lambda self: np.swapaxes(self, -2, -1),
     "aten.reshape.default": lambda self, shape: np.reshape(self, shape),
     "aten.view.default": lambda self, size: np.reshape(self, size),
     "aten.flatten.using_ints": _flatten,
@@ -822,20 +824,27 @@ def _constant(constant: Any, shape: Sequence[int]) -> Array:
     return np.broadcast_to(array, tuple(shape))
 
 
-def _product(shape: Sequence[int], self: Any, other: Any) -> Operation:
-    x, constant = (self, other) if isinstance(self, Value) else (other, self)
-    require(isinstance(x, Value) and not isinstance(constant, Value), "a product of two values")
-    factors = _constant(constant, x.shape)
+def _product(inverse: bool) -> Callable[..., Operation]:
+    """Return the product of a value with a constant, or its quotient by one."""
 
-    def run(array: Array) -> tuple[Array, Array]:
-        return array * factors, gamma(2) * norms(array * factors)
+    def operator(shape: Sequence[int], self: Any, other: Any) -> Operation:
+        x, constant = (self, other) if inverse or isinstance(self, Value) else (other, self)
+        require(isinstance(x, Value) and not isinstance(constant, Value), "a product of two values")
+        factors = _constant(constant, x.shape)
+        require(not inverse or bool((factors != 0).all()), "a division by zero")
+        factors = 1 / factors if inverse else factors  # rounded once
 
-    def trace(m: Map) -> Map:
-        if not np.isin(m.scale, (-1, 0, 1)).all():
-            m = Map.of(m.as_kernel(), shape, m.source)
-        return replace(m, scale=m.scale * factors)
+        def run(array: Array) -> tuple[Array, Array]:
+            return array * factors, gamma(3) * norms(array * factors)
 
-    return Operation([x.name], [float(np.abs(factors).max())], run, trace)
+        def trace(m: Map) -> Map:
+            if not np.isin(m.scale, (-1, 0, 1)).all():
+                m = Map.of(m.as_kernel(), shape, m.source)
+            return replace(m, scale=m.scale * factors)
+
+        return Operation([x.name], [float(np.abs(factors).max()) * UP], run, trace)
+
+    return operator
 
 
 def _center(shape: Sequence[int], x: Value, dims: list[int]) -> Operation:
@@ -946,7 +955,8 @@ OPERATORS: dict[str, Callable[..., Operation]] = {
     "aten.cat.default": _cat,
     "aten.add.Tensor": _sum(1.0),
     "aten.sub.Tensor": _sum(-1.0),
-    "aten.mul.Tensor": _product,
+    "aten.mul.Tensor": _product(inverse=False),
+    "aten.div.Tensor": _product(inverse=True),
     "lipcert.center": _center,
     "lipcert.maxmin": _maxmin,
     "lipcert.normalize": _normalize,
@@ -1551,7 +1561,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Re-prove a certificate of lipcert with NumPy alone.")
     parser.add_argument("certificate", type=Path, help="certificate.json")
     parser.add_argument("--weights", type=Path, help="program.safetensors, if it is not beside the certificate")
-    parser.add_argument("--images", type=Path, help="safetensors file: images (n, c, h, w), for masks labels (n, h, w)")
+    parser.add_argument("--images", type=Path, help="safetensors: images (n, c, h, w), perhaps labels (n, h, w)")
     options = parser.parse_args(arguments)
     try:
         tensors: dict[str, Array] = {}
@@ -1559,7 +1569,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from safetensors.numpy import load_file
 
             tensors = load_file(options.images)
-        images, labels = tensors.get("images"), tensors.get("labels")
+        labels, images = tensors.pop("labels", None), next(iter(tensors.values()), None)
         report = check(options.certificate, weights=options.weights, images=images, labels=labels)
     except (OSError, ValueError) as error:
         print(f"Error: {error}", file=sys.stderr)

@@ -132,7 +132,7 @@ def weight_edited_hash_kept(files: Files, rng: Rng) -> str:
     return "SHA-256"
 
 
-@tampering
+@of(IMAGES)  # counts of positions may still be true
 def weight_edited_hash_fixed(files: Files, rng: Rng) -> str:
     _edit(files, rng, pick(rng, sorted(name for name, tensor in files.tensors.items() if tensor.ndim == 4)))
     return LOGITS
