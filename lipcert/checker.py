@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -43,8 +44,11 @@ JSON_BYTES, JSON_DEPTH, TENSOR_BYTES, TEXT_BYTES = 64 << 20, 64, 4 << 30, 1 << 3
 ENTRIES = 1 << 26  # of one array that is formed
 DENSE_SIDE, DENSE_ENTRIES, OPEN_SIDE, OPEN, MATRIX_SIDE = 2048, 1 << 25, 4096, 9, 8192  # see `kernel_norm`
 SCHEMA = 1
-COLUMNS = "idx label predict radius correct time margin error image".split()
-SCENE_COLUMNS = "idx eps pixels stable valid correct certified certified_alone".split()
+COLUMNS = dict(
+    idx=int, label=int, predict=int, radius=float, correct=int, time=str, margin=float, error=float, image=str
+)  # fmt: skip
+COUNTS = ("pixels", "stable", "valid", "correct", "certified", "certified_alone")
+SCENE_COLUMNS = dict(idx=int, eps=float, **dict.fromkeys(COUNTS, int))
 VOID = 255  # the label of a pixel that has none
 
 
@@ -115,18 +119,22 @@ def read_tensors(path: Path, sha256: str) -> dict[str, Array]:
     return tensors
 
 
-def read_table(path: Path, columns: Sequence[str], rows: int) -> list[list[str]]:
-    """Return the cells of a tab-separated file with this header and so many rows."""
+def read_table(path: Path, columns: Mapping[str, Callable[[str], Any]], count: int) -> list[Any]:
+    """Return the rows of a tab-separated file with these columns, as records."""
     require(path.stat().st_size <= TEXT_BYTES, f"{path.name} is larger than {TEXT_BYTES} bytes")
-    lines = path.read_bytes().decode("utf-8", "replace").split("\n")
-    require(lines[0] == "\t".join(columns) and lines[-1] == "", f"{path.name}: the header or the last line is damaged")
-    require(
-        len(lines) - 2 == rows, f"{path.name}: there are {len(lines) - 2} rows, not {rows} as certificate.json says"
-    )
-    cells = [line.split("\t") for line in lines[1:-1]]
-    for i, row in enumerate(cells):
-        require(len(row) == len(columns), f"row {i}: malformed (its cells)")
-    return cells
+    header, *lines = path.read_bytes().decode("utf-8", "replace").split("\n")
+    intact = header == "\t".join(columns) and lines[-1:] == [""]
+    require(intact, f"{path.name}: the header or the last line is damaged")
+    whole = len(lines) - 1 == count
+    require(whole, f"{path.name}: there are {len(lines) - 1} rows, not {count} as certificate.json says")
+    rows = []
+    for i, line in enumerate(lines[:-1]):
+        try:
+            cells = zip(columns.items(), line.split("\t"), strict=True)
+            rows.append(SimpleNamespace(**{name: kind(cell) for (name, kind), cell in cells}))
+        except ValueError as error:
+            raise Rejected(f"row {i}: malformed ({error})") from error
+    return rows
 
 
 def take(record: Any, key: str, kind: type | tuple[type, ...], where: str) -> Any:
@@ -171,11 +179,6 @@ class Kernel:
     def size(self) -> float:
         """An upper bound of Σ_t ‖taps[t]‖_F."""
         return sum(frobenius(tap) for tap in self.taps.values()) * UP
-
-    @property
-    def gain(self) -> float:
-        """An upper bound of Σ_t ‖|taps[t]|‖, and so of Σ_t ‖(|taps| ∘ A)[t]‖_F / Σ_t ‖A[t]‖_F for every A."""
-        return sum(min(frobenius(tap), schur(np.abs(tap))) for tap in self.taps.values()) * UP
 
     @property
     def cheap(self) -> float:
@@ -243,8 +246,8 @@ def compose(second: Kernel, first: Kernel) -> Kernel:
             taps[offset] = taps[offset] + b @ a if offset in taps else b @ a
             require(len(taps) * len(b) * a.shape[1] <= ENTRIES, "the kernel is too large")
     exact = second.moves(1) or first.moves(0)  # then no two products are added
-    rounding = 0.0 if exact else gamma(second.terms + 2) * second.gain * first.size + 1e-300
-    known = second.gain * first.error + second.error * (first.size + first.error)
+    rounding = 0.0 if exact else gamma(second.terms + 2) * second.size * first.size + 1e-300
+    known = second.size * first.error + second.error * (first.size + first.error)
     stride = (first.stride[0] * second.stride[0], first.stride[1] * second.stride[1])
     return Kernel(taps, first.source, second.target, stride, (rounding + known) * UP)
 
@@ -316,10 +319,8 @@ class Map:
             inside = (rows >= 0) & (rows < origin[1]) & (columns >= 0) & (columns < origin[2])
             expected = np.where(inside, (channel * origin[1] + rows) * origin[2] + columns, -1)
             same = np.array_equal(np.where(live[c], where[c], -1), expected)
-            require(
-                same and bool((scale[c][live[c]] == scale[c, y, x]).all()),
-                "entries are moved in another way than by channels and offsets",
-            )
+            same &= bool((scale[c][live[c]] == scale[c, y, x]).all())
+            require(same, "entries are moved in another way than by channels and offsets")
             if t not in taps:
                 require((len(taps) + 1) * target[0] * origin[0] <= ENTRIES, "the kernel is too large")
                 taps[t] = np.zeros((target[0], origin[0]))
@@ -337,9 +338,8 @@ def identity(shape: Sequence[int]) -> Map:
 def joined(maps: Sequence[Map], dim: int | None) -> Map:
     """Return the map to several values, concatenated along a dimension, or one after the other if it is None."""
     first = maps[0]
-    require(
-        all(m.kernel is first.kernel and m.before == first.before for m in maps), "its parts come from different maps"
-    )
+    same = all(m.kernel is first.kernel and m.before == first.before for m in maps)
+    require(same, "its parts come from different maps")
     where, scale = ([getattr(m, name) for m in maps] for name in ("where", "scale"))
     return replace(first, where=np.concatenate(where, dim), scale=np.concatenate(scale, dim))
 
@@ -759,11 +759,11 @@ def _average(
     k, p = _pair(kernel_size, (1, 1)), _pair(padding, (0, 0))
     s = _pair(stride, k)
     require(ceil_mode is False and divisor_override is None and (count_include_pad is True or p == (0, 0)), "options")
-    (c, *sides), places, out = _windows(self, k, s, p)
+    (c, h, w), places, out = _windows(self, k, s, p)
     require(list(shape) == [1, c, *out], f"its result is {[1, c, *out]}, not {list(shape)}")
     part = eye(c) / (k[0] * k[1])
     error = UNIT * math.sqrt(c) * UP
-    return _through(Kernel({t: part for _, t in places}, (c, *sides), (c, *out), s, error), self, shape)
+    return _through(Kernel({t: part for _, t in places}, (c, h, w), (c, *out), s, error), self, shape)
 
 
 def _linear(shape: Sequence[int], input: Value, weight: Array, bias: Array | None = None) -> Operation:
@@ -1123,14 +1123,7 @@ def prove(program: Program, records: Any, base: str, where: str = "") -> tuple[l
 
 
 def _confirm(
-    program: Program,
-    value: str,
-    rule: str,
-    sources: Sequence[str],
-    joint: bool,
-    branches: Any,
-    aim: Aim,
-    where: str,
+    program: Program, value: str, rule: str, sources: Sequence[str], joint: bool, branches: Any, aim: Aim, where: str
 ) -> tuple[list[float], list[str], list[tuple[str, str, Sequence[Step]]]]:
     """Return own factors of a step, the nodes that it passes, and its branches, proved."""
     require(rule != "chain", "bounds of chains of affine maps and activations cannot be rechecked")
@@ -1166,7 +1159,8 @@ def _branches(
     If f_i has the constant b_i, ‖Δvalue‖² = Σ ‖Δf_i‖² ≤ max b_i² Σ ‖Δs_i‖² ≤ max b_i² ‖(S_i)_i‖² ‖Δx‖².
     """
     require(len(branches) == len(arguments), "there is not one branch for each part")
-    proved, largest = [], 0.0
+    proved: list[tuple[str, str, Sequence[Step]]] = []
+    largest = 0.0
     for i, (record, end) in enumerate(zip(branches, arguments, strict=True)):
         here = f"{where}, branch {i}: "
         only(record, ("start", "steps"), here[:-2])
@@ -1207,29 +1201,15 @@ def pairwise(program: Program, bounds: Mapping[str, float], heads: Sequence[str]
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """Logits (n, k, …) of images, l2 bounds (n,) of their errors, and by head: its error, and what arises after it."""
+def evaluate(
+    program: Program, steps: Sequence[Step], distances: Mapping[str, Array], images: Array
+) -> tuple[Array, Array, Array]:
+    """Return the logits (n, k, …) of images, l2 bounds (n,) of their errors, and (n, k, k) of those of differences.
 
-    logits: Array
-    error: Array
-    heads: Mapping[str, tuple[Array, Array]]
-
-    def doubts(self, i: int, distances: Mapping[str, Array]) -> Array:
-        """Bound the errors of z_a - z_b of one image (at any one position), (k, k)."""
-        k = self.logits.shape[1]
-        found = np.full((k, k), 2 * self.error[i])
-        for head, (before, since) in self.heads.items():
-            found = np.minimum(found, before[i] * distances[head] + math.sqrt(2) * since[i])
-        return found * UP
-
-
-def evaluate(program: Program, steps: Sequence[Step], heads: Sequence[str], images: Array) -> Evaluated:
-    """Run the program on a batch (n, c, h, w) and bound the rounding errors.
-
-    At each node, something arises: for a sum of t terms B x + b at most gamma(t)(|B||x| + |b|) entry by entry, nothing
-    if entries are only moved. What arises between the sources of a step and its value reaches the value through the
-    operators between, each with its own constant; what the sources bring, through the proved factors.
+    The latter are |error of z_a - z_b| at any one position. At each node, something arises: for a sum of t terms B x +
+    b at most gamma(t)(|B||x| + |b|) entry by entry, nothing if entries are only moved. What arises between the sources
+    of a step and its value reaches the value through the operators between, each with its own constant; what the
+    sources bring, through the proved factors.
     """
     results = {program.input: images[:, None]}
     arisen = {program.input: np.zeros(len(images))}
@@ -1242,12 +1222,14 @@ def evaluate(program: Program, steps: Sequence[Step], heads: Sequence[str], imag
                 if last[x] == name and x != program.output:
                     del results[x]
     errors = _carried(program, steps, program.input, arisen)
-    after = {}
-    for head in heads:
-        nodes = program.between([program.output], head)
-        after[head] = errors[head], _within(program, {head: 0 * errors[head]}, nodes, arisen)[program.output]
     logits = results[program.output].reshape(len(images), *program.shape(program.output)[1:])
-    return Evaluated(logits, errors[program.output], after)
+    whole = errors[program.output]
+    doubts = np.repeat(2 * whole[:, None, None], logits.shape[1], 1).repeat(logits.shape[1], 2)
+    for head, apart in distances.items():
+        nodes = program.between([program.output], head)
+        since = _within(program, {head: 0 * whole}, nodes, arisen)[program.output]
+        doubts = np.minimum(doubts, errors[head][:, None, None] * apart + math.sqrt(2) * since[:, None, None])
+    return logits, whole, doubts * UP
 
 
 def _carried(program: Program, steps: Sequence[Step], base: str, arisen: Mapping[str, Array]) -> dict[str, Array]:
@@ -1299,9 +1281,8 @@ class Facts:
         interval = len(domain) == 2 and all(type(x) in (int, float) for x in domain) and domain[0] < domain[1]
         require(interval, f"certificate: domain {domain} is no interval")
         precision = take(record, "precision", str, "certificate")
-        known = (
-            precision in ("float64", "float64 program", "float32") and take(record, "norm", str, "certificate") == "l2"
-        )
+        known = precision in ("float64", "float64 program", "float32")
+        known &= take(record, "norm", str, "certificate") == "l2"
         require(known, "certificate: precision or norm is not one that this checker knows")
         facts = cls((*shape,), (float(domain[0]), float(domain[1])), take(record, "n", int, "certificate"), precision)
         task = record.get("task", "classification")
@@ -1315,49 +1296,28 @@ class Facts:
         return replace(facts, radii=[float(r) for r in radii], scenes=[(s[0], s[1]) for s in scenes])
 
 
-@dataclass(frozen=True)
-class Row:
-    """The claims of one row of certificates.tsv."""
-
-    idx: int
-    label: int
-    predict: int
-    radius: float
-    correct: int
-    margin: float
-    error: float
-    image: str
-
-
-def read_rows(path: Path, n: int, lipschitz: Array, largest: float) -> list[Row]:
-    """Read the rows and check what can be checked without images."""
+def read_rows(path: Path, facts: Facts, lipschitz: Array) -> list[Any]:
+    """Read the rows of certificates.tsv and check what can be checked without images."""
     apart = lipschitz + np.where(np.eye(len(lipschitz)), math.inf, 0.0)
-    rows = []
-    for i, cells in enumerate(read_table(path, COLUMNS, n)):
+    largest = (facts.domain[1] - facts.domain[0]) * math.sqrt(math.prod(facts.shape)) * UP
+    rows = read_table(path, COLUMNS, facts.n)
+    for i, row in enumerate(rows):
         where = f"row {i}"
-        try:
-            idx, label, predict, correct = (int(cells[k]) for k in (0, 1, 2, 4))
-            row = Row(idx, label, predict, float(cells[3]), correct, float(cells[6]), float(cells[7]), cells[8])
-        except ValueError as error:
-            raise Rejected(f"{where}: malformed ({error})") from error
-        require(idx == i, f"{where}: its idx is {idx}")
-        require(
-            0 <= row.radius <= largest,
-            f"{where}: the radius {row.radius!r} is negative, no number, or beyond the domain's diameter",
-        )
-        right = correct == int(predict == label)
-        require(right, f"{where}: correct is {correct}, with label {label} and prediction {predict}")
+        require(row.idx == i, f"{where}: its idx is {row.idx}")
+        usual = 0 <= row.radius <= largest
+        require(usual, f"{where}: the radius {row.radius!r} is negative, no number, or beyond the domain's diameter")
+        right = row.correct == int(row.predict == row.label)
+        require(right, f"{where}: correct is {row.correct}, with label {row.label} and prediction {row.predict}")
         require(bool(re.fullmatch("[0-9a-f]{64}", row.image)), f"{where}: the SHA-256 of the image is malformed")
         if row.radius > 0:
-            sound = 0 <= predict < len(apart) and row.margin > 0 and 0 <= row.error < math.inf
+            sound = 0 <= row.predict < len(apart) and row.margin > 0 and 0 <= row.error < math.inf
             require(sound, f"{where}: a radius without a prediction, a margin or an error")
-            possible = row.radius * float(apart[predict].min()) <= row.margin * UP
+            possible = row.radius * float(apart[row.predict].min()) <= row.margin * UP
             require(possible, f"{where}: the radius {row.radius!r} is above its margin over any constant")
-        rows.append(row)
     return rows
 
 
-def check_row(row: Row, z: Array, doubts: Array, error: float, lipschitz: Array) -> None:
+def check_row(row: Any, z: Array, doubts: Array, error: float, lipschitz: Array) -> None:
     """Confirm a row with its own logits (k,), doubts (k, k), and constants (k, k)."""
     p, where = row.predict, f"row {row.idx}"
     if row.radius == 0:
@@ -1370,49 +1330,29 @@ def check_row(row: Row, z: Array, doubts: Array, error: float, lipschitz: Array)
     require(bool((gaps[others] > 0).all()), f"{where}: the margin is not above the rounding error")
     ordinary = others & (lipschitz[p] > 0)
     radius = float((gaps[ordinary] / lipschitz[p][ordinary]).min(initial=math.inf)) * (1 - 2.0**-50)
-    require(
-        row.radius <= radius, f"{where}: the radius {row.radius!r} is above {radius!r}, which is what can be proved"
-    )
+    proved = row.radius <= radius
+    require(proved, f"{where}: the radius {row.radius!r} is above {radius!r}, which is what can be proved")
     margin = float((z[p] - z)[others].min())
     near = abs(row.margin - margin) <= 2 * (row.error + error) * UP + 1e-15 * abs(margin)
     require(near, f"{where}: the margin {row.margin!r} is not {margin!r}")
 
 
-@dataclass(frozen=True)
-class Scene:
-    """The claims of one row of scenes.tsv: what no perturbation of norm eps can change in one image, in pixels."""
-
-    idx: int
-    eps: float
-    pixels: int
-    stable: int
-    valid: int
-    correct: int
-    certified: int
-    certified_alone: int
-
-
-def read_scenes(path: Path, facts: Facts, shape: Sequence[int]) -> list[Scene]:
-    """Read the rows, one for each image and radius, and check what can be checked without images."""
-    radii, pixels, rows = facts.radii, math.prod(shape[2:]), []
+def read_scenes(path: Path, facts: Facts, shape: Sequence[int]) -> list[Any]:
+    """Read the rows of scenes.tsv, one for each image and radius, and check what can be checked without images."""
     require(len(shape) == 4, "the output is not a map of logits")
-    for i, cells in enumerate(read_table(path, SCENE_COLUMNS, facts.n * len(radii))):
-        where = f"row {i}"
-        try:
-            row = Scene(int(cells[0]), float(cells[1]), *(int(cell) for cell in cells[2:]))
-        except ValueError as error:
-            raise Rejected(f"{where}: malformed ({error})") from error
-        expected = i // len(radii), radii[i % len(radii)]
-        require((row.idx, row.eps) == expected, f"{where}: it is image {row.idx} at {row.eps!r}, not {expected}")
+    k, pixels = len(facts.radii), math.prod(shape[2:])
+    rows = read_table(path, SCENE_COLUMNS, facts.n * k)
+    for i, row in enumerate(rows):
+        expected = i // k, facts.radii[i % k]
+        require((row.idx, row.eps) == expected, f"row {i}: it is image {row.idx} at {row.eps!r}, not {expected}")
         ordered = 0 <= row.certified_alone <= row.correct <= row.valid <= row.pixels == pixels
         ordered &= 0 <= row.stable <= pixels and 0 <= row.certified <= row.correct
-        require(ordered, f"{where}: its counts contradict each other or the {pixels} pixels")
-        rows.append(row)
+        require(ordered, f"row {i}: its counts contradict each other or the {pixels} pixels")
     return rows
 
 
 def check_scene(
-    rows: Sequence[Scene], logits: Array, doubts: Array, pairs: Array, lipschitz: float, labels: Array
+    rows: Sequence[Any], logits: Array, doubts: Array, pairs: Array, lipschitz: float, labels: Array
 ) -> None:
     """Confirm the rows of one image with its own logits (k, h, w) and labels (h, w).
 
@@ -1502,11 +1442,9 @@ def check(
         if facts.radii:
             head = heads[0] if heads else program.output
             measure = distances.get(head, np.full(lipschitz.shape, math.sqrt(2) * UP)), bounds[head]
-            rows: list[Any] = read_scenes(certificate.parent / "scenes.tsv", facts, program.shape(program.output))
+            rows = read_scenes(certificate.parent / "scenes.tsv", facts, program.shape(program.output))
         else:
-            low, high = facts.domain
-            largest = (high - low) * math.sqrt(math.prod(facts.shape)) * UP
-            rows = read_rows(certificate.parent / "certificates.tsv", facts.n, lipschitz, largest)
+            rows = read_rows(certificate.parent / "certificates.tsv", facts, lipschitz)
         checked, note = 0, ""
         if facts.precision != "float64":
             note = f"rows about {facts.precision} programs are not rechecked yet"
@@ -1526,16 +1464,15 @@ def check(
                     inside = bool(((image >= facts.domain[0]) & (image <= facts.domain[1])).all())
                     require(inside, f"row {i}: the image is outside the domain {list(facts.domain)}")
                 with np.errstate(all="ignore"):
-                    found = evaluate(program, steps, heads, part)
-                for i, z in enumerate(found.logits, start):
-                    doubts = found.doubts(i - start, distances)
+                    found = evaluate(program, steps, distances, part)
+                for i, (z, error, doubts) in enumerate(zip(*found, strict=True), start):
                     if facts.radii and labels is not None:
                         digest, k = sha256_of(labels[i], "<i8"), len(facts.radii)
                         require(digest == facts.scenes[i][1], f"row of image {i}: its labels have another SHA-256")
                         require(labels[i].shape == z.shape[1:], f"row of image {i}: its labels are of another size")
                         check_scene(rows[i * k : (i + 1) * k], z, doubts, *measure, labels[i])
                     else:
-                        check_row(rows[i], z, doubts, found.error[i - start], lipschitz)
+                        check_row(rows[i], z, doubts, error, lipschitz)
                 checked += len(part)
                 progress(len(part))
     except Rejected as error:

@@ -437,7 +437,7 @@ def test_own_errors_cover_the_distance_to_a_finer_evaluation(tmp_path: Path) -> 
     tensors = checker.read_tensors(tmp_path / "program.safetensors", record["program"]["sha256"])
     made = checker.Program(record["program"], tensors)
     steps, _ = checker.prove(made, record["proof"]["steps"], made.input)
-    found = checker.evaluate(made, steps, record["proof"]["heads"], images.double().numpy())
+    logits, error, _ = checker.evaluate(made, steps, {}, images.double().numpy())
     w, b, v, c = (tensors[name].astype(np.longdouble) for name in ("0.weight", "0.bias", "3.weight", "3.bias"))
     padded = np.pad(images.numpy().astype(np.longdouble), ((0, 0), (0, 0), (1, 1), (1, 1)))
     hidden = np.zeros((3, 4, 4, 4), dtype=np.longdouble) + b[:, None, None]
@@ -445,8 +445,8 @@ def test_own_errors_cover_the_distance_to_a_finer_evaluation(tmp_path: Path) -> 
         hidden += w[:, 0, i, j][:, None, None] * padded[:, :, i : i + 4, j : j + 4]
     a, d = hidden[:, :2], hidden[:, 2:]
     finer = np.concatenate([np.maximum(a, d), np.minimum(a, d)], axis=1).reshape(3, -1) @ v.T + c
-    off = np.sqrt(((found.logits - finer) ** 2).sum(1)).astype(float)
-    assert (off <= found.error).all() and (found.error < 1e-12).all()
+    off = np.sqrt(((logits - finer) ** 2).sum(1)).astype(float)
+    assert (off <= error).all() and (error < 1e-12).all()
 
 
 def test_what_it_does_not_know_is_refused_by_name(tmp_path: Path) -> None:
