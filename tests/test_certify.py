@@ -231,6 +231,32 @@ def test_float32_certificates_are_smaller_and_account_for_the_ball():
     assert (large["radius"] == 0).all()
 
 
+@pytest.mark.parametrize(("precision", "arithmetic"), [("float64 program", "float64"), ("float32", "float32")])
+def test_errors_of_a_program_are_asked_for_the_ball_of_the_real_radius(precision: str, arithmetic: str) -> None:
+    asked = []
+
+    class Asked(Program):
+        def evaluate(self, x, precision="float64", radius=0.0):
+            asked.append((precision, radius))
+            return self.model(x), x.new_full((len(x),), self.error + 1e-6 * radius)
+
+    model, audit, images, labels = linear()
+    audit = Stub(audit.upper, audit.head, Asked(model, 0.0), audit.input_shape)
+    exact = certify(model, [(images, labels)], audit=audit)
+    deployed = certify(model, [(images, labels)], audit=audit, precision=precision)
+    assert asked == [("float64", 0.0)] * 2 + [(arithmetic, exact["radius"].max())]
+    assert (deployed["radius"] < exact["radius"]).all() and (deployed["error"] == 1e-6 * exact["radius"].max()).all()
+    tied = Stub(audit.upper, audit.head, Asked(torch.nn.Sequential(model, Tie()), 0.0), audit.input_shape)
+    asked.clear()
+    assert (certify(model, [(images, labels)], audit=tied, precision=precision)["radius"] == 0).all()
+    assert asked[1][0] == arithmetic and asked[1][1] > 0  # the program is asked for, also where nothing holds
+
+
+class Tie(nn.Module):
+    def forward(self, z):
+        return torch.zeros_like(z)
+
+
 class Loud(Program):
     def evaluate(self, x, precision="float64", radius=0.0):
         return self.model(x), x.new_full((len(x),), 0.0 if precision == "float64" else INF)
