@@ -59,7 +59,10 @@ def main() -> None:
     part, parts = map(int, args.part.split("/"))
     model, section, variants = STUDIES[args.model]
     output = Path(args.output or f"runs/ablation-{args.model}")
-    jobs = [(name, change, seed) for seed in range(args.seeds) for name, change in variants.items()]
+    if unknown := set(args.only or ()) - set(variants):
+        raise SystemExit(f"unknown variants {sorted(unknown)}; the variants of {args.model} are {list(variants)}")
+    chosen = {name: change for name, change in variants.items() if not args.only or name in args.only}
+    jobs = [(name, change, seed) for seed in range(args.seeds) for name, change in chosen.items()]
     for number, (name, change, seed) in enumerate(jobs):
         if number % parts != part:
             continue
@@ -106,6 +109,7 @@ if __name__ == "__main__":
     parser.add_argument("--data-root")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants; all")
     parser.add_argument("--part", default="0/1", help="K/N: run every N-th job from the K-th on")
     parser.add_argument("-o", "--output", help="runs/ablation-MODEL")
     parser.add_argument("--record", action="store_true", help="add rows to RESULTS.md")
