@@ -10,9 +10,9 @@ use:
   steeper of both (`residual="convex"`), or as published, `x + a f(x)` (`residual="weighted"`);
 - positions are mixed by LipShiFT's linear blocks, `MaxMin(x + s K center(shift(x)))`, and channels by the same with a
   pointwise K, in place of 7 x 7 depthwise branches and the GELU MLP: one operator each, near the identity;
-- one block attends, the last: joined as a mean, every further one costs certified accuracy, and none brought any over the
-  network without (`benchmarks/ablation.py --model lipsformer`); `attention=(0, 2)` are two, of the second stage. Windows
-  shift on a torus, by an isometry, without mask;
+- one block attends, the last: joined as a mean, every further one costs certified accuracy, and none brought any over
+  the network without (`benchmarks/ablation.py --model lipsformer`). `attention=(0, 2)` are two, of the second stage.
+  Windows shift on a torus, by an isometry, without mask;
 - patches merge by orthogonal convolutions, and LipShiFT's dense layer and normalised head end the network.
 """
 
