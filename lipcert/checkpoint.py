@@ -73,7 +73,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     inner = [item for value in config.get("kwargs", {}).values() if isinstance(value, list) for item in value]
     for number, most in [*((value, LARGEST) for value in values), *((item, LARGEST_IN_LIST) for item in inner)]:
         if isinstance(number, int) and abs(number) > most:
-            raise InputError(f"{path}: {number:.6g} is no size of a model; the file is damaged")
+            raise InputError(f"{path}: {str(number)[:20]} is no size of a model; the file is damaged")
     return config
 
 

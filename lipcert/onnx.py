@@ -123,7 +123,12 @@ def load_onnx(path: Path, input_shape: tuple[int, ...] | None = None) -> OnnxNet
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
     if opset < 13 and any(node.op_type == "Softmax" for node in model.graph.node):
         raise InputError(f"{path} uses Softmax of opset {opset}, which means another function; convert it to opset 13")
-    network = OnnxNetwork(model.graph, path).eval()
+    try:
+        network = OnnxNetwork(model.graph, path).eval()
+    except InputError:
+        raise
+    except Exception as error:  # what onnx's own checker lets through: shapes that do not fit, unknown types, no texts
+        raise InputError(f"{path} is not a valid ONNX file: {type(error).__name__}: {error}"[:300]) from error
     shape = input_shape or network.shape
     if shape is not None:
         try:

@@ -88,8 +88,10 @@ def load_program(path: Path) -> torch.export.ExportedProgram:
     """Read a `.pt2` file that `torch.export.save` wrote; InputError names what is damaged or not plain data."""
     try:
         archive = _sanitised(path)
-    except (AttributeError, TypeError, KeyError, IndexError, RecursionError) as error:  # JSON of another form
-        raise InputError(f"{path} is not an exported program: its description is damaged ({error})") from error
+    except InputError:
+        raise
+    except Exception as error:  # names that are no text, streams that do not unpack, JSON of another form
+        raise InputError(f"{path} is not an exported program; it is damaged ({error})") from error
     try:
         with quiet("torch.export"):
             program = torch.export.load(io.BytesIO(archive))

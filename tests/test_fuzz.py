@@ -80,6 +80,7 @@ HOSTILE: list[tuple[str, Callable[[Path], object], str]] = [
     # what would not fit into memory, or never end
     ("bound {}", lambda f: edited(f / "model/config.json", lambda r: r.update(num_classes=10**9)), "does not fit"),
     ("bound {}", lambda f: edited(f / "model/config.json", lambda r: r["kwargs"].update(embed_dim=10**12)), "no size"),
+    ("bound {}", lambda f: edited(f / "model/config.json", lambda r: r["kwargs"].update(embed_dim=10**400)), "no size"),
     ("bound {}", lambda f: edited(f / "model/config.json", lambda r: r["kwargs"].update(depths=[10**6])), "no size"),
     ("bound {}", lambda f: edited(f / "model/config.json", lambda r: r["kwargs"].update(embed_dim="x")), "arguments"),
     ("bound {}", lambda f: edited(f / "model/config.json", lambda r: r.update(model=["lipshift_tiny"])), "by a text"),

@@ -58,7 +58,7 @@ def _weights(run: Run) -> Iterator[str]:
     files = {"certificate.json": run.certificate, "bound.json": run.bound}
     if run.attacks:
         files["attacks.json"] = run.attacks[0]
-    hashes = {name: entry["weights_sha256"] for name, entry in files.items() if entry.get("weights_sha256")}
+    hashes = {name: str(entry["weights_sha256"]) for name, entry in files.items() if entry.get("weights_sha256")}
     if len(set(hashes.values())) > 1:
         yield f"{' and '.join(hashes)} are not all about the same weights (weights_sha256)"
 
