@@ -375,12 +375,14 @@ def norm(m: Map, aim: Aim = LEAST) -> float:
     live = m.where >= 0
     size = math.prod(m.source if m.kernel is None else m.kernel.target)
     sums = np.bincount(m.where[live], np.square(m.scale[live]), size)
+    whole = bool(np.isin(m.scale, (-1, 0, 1)).all())  # then sums are exact
+    rounding = gamma(8 + (0 if whole else int(np.bincount(m.where[live]).max(initial=0))))
     if m.kernel is None:
-        return _root(float(sums.max(initial=0.0)))
+        return float(sums.max()) if whole and sums.max() <= 1 else math.sqrt(sums.max()) * (1 + rounding) * UP
     factors = np.sqrt(sums.reshape(m.kernel.target[0], -1).max(1))[:, None]
     kernel = replace(m.kernel, taps={t: factors * tap for t, tap in m.kernel.taps.items()})
-    if not np.isin(factors, (0, 1)).all():
-        error = m.kernel.error * float(factors.max()) + gamma(8) * kernel.size + 1e-300
+    if not whole or factors.max() > 1:
+        error = m.kernel.error * float(factors.max()) * (1 + rounding) + rounding * kernel.size + 1e-300
         kernel = replace(kernel, error=error * UP)
     if m.before in (None, 1.0, 0.0):
         return kernel_norm(kernel, aim) if m.before != 0.0 else 0.0
@@ -392,12 +394,7 @@ def joint_norm(maps: Sequence[Map], aim: Aim = LEAST) -> float:
     try:
         return norm(joined([replace(m, where=m.where.ravel(), scale=m.scale.ravel()) for m in maps], 0), aim)
     except Rejected:
-        return _root(sum(norm(m, aim) ** 2 for m in maps))
-
-
-def _root(square: float) -> float:
-    """Return a square root, rounded up; 0 and 1 are exact."""
-    return square if square in (0.0, 1.0) else math.sqrt(square) * UP
+        return math.sqrt(sum(norm(m, aim) ** 2 for m in maps)) * UP
 
 
 def kernel_norm(kernel: Kernel, aim: Aim = LEAST) -> float:
@@ -589,6 +586,7 @@ def norms(x: Array) -> Array:
 
 
 def _slice(self: Array, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Array:
+    require(step > 0, "step")
     return self[(slice(None),) * (dim % self.ndim) + (slice(start, end, step),)]
 
 
@@ -653,7 +651,7 @@ def _moving(function: Callable[..., Array]) -> Callable[..., Operation]:
 
 def _moved(x: Value, move: Callable[[Array, Any], Array]) -> Operation:
     where = move(np.arange(math.prod(x.shape)).reshape(x.shape), -1)
-    copies = _root(float(np.bincount(where[where >= 0]).max(initial=0)))
+    copies = math.sqrt(np.bincount(where[where >= 0]).max(initial=0)) * UP
 
     def run(array: Array) -> tuple[Array, Array]:
         flat = np.concatenate([array.reshape(len(array), -1), np.zeros((len(array), 1))], 1)
