@@ -176,7 +176,7 @@ def test_other_arithmetic_and_domain_are_said(certified: Path) -> None:
     update(certified / "summary.json", precision="float32")
     update(certified / "certificate.json", input={"shape": [3, 32, 32], "domain": [-1, 1]})
     text, _ = outline(build(read_all([certified])))
-    assert "as evaluated in float32" in text and "with pixels in [-1, 1]" in text
+    assert "as the program computes it in float32" in text and "with pixels in [-1, 1]" in text
 
 
 def test_unbounded_layers_are_listed(certified: Path) -> None:
