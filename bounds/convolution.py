@@ -229,7 +229,7 @@ def _fits(correlation: Correlation) -> bool:
     rows *= math.prod(axis.out for axis in correlation.axes)
     columns *= math.prod(axis.n for axis in correlation.axes)
     side = min(rows, columns)
-    work = groups * side * side * (2 * max(rows, columns) + 25 * side)
+    work = groups * side * side * (2 * max(rows, columns) + 8 * side)
     return side <= DENSE_SIDE and groups * rows * columns <= DENSE_ENTRIES and work <= WORK
 
 

@@ -18,13 +18,14 @@ from lipcert.bounds.spectral import TINY, Method, cheap, frobenius, gram_iterati
 
 # relative distances above a proposed eigenvalue, the next where one fails; a cost in tightness
 MARGINS = (2.0**-34, 2.0**-28)
-COARSE = (2.0**-20, 2.0**-14)  # the same for more than SPARSE rows
+COARSE = (2.0**-20, 2.0**-14)  # the same for more than HUGE rows
 STEPS = 8  # power iterations that choose the next block to verify; only speed depends on them
 LANCZOS = 2.0**-20  # relative residual asked of a Lanczos value, whose error is about the square; also for clusters
 KRYLOV = 240  # dimensions after which a full eigendecomposition is faster
 LARGE = 256  # size from which a Lanczos value and a factorisation are tried before an eigendecomposition
 BLOCK = 64  # columns that are factorised at once; the rest is matrix products
 SPARSE = 1024  # size from which entries that are zero are looked for
+HUGE = 2048  # size above which eigenvalues are proposed in single precision
 
 
 def eigenvalue(gram: Tensor, error: Tensor) -> Tensor:
@@ -149,7 +150,7 @@ def largest_eigenvalue(gram: Tensor, error: Tensor, method: Method, iterations: 
                 break
             best = int(pending[rayleigh(_rows(gram, pending)).argmax()])
             value = _lanczos(gram[best]) if gram.shape[-1] >= LARGE else 0.0
-            margins = list(COARSE if gram.shape[-1] > SPARSE else MARGINS)
+            margins = list(COARSE if gram.shape[-1] > HUGE else MARGINS)
         if value > 0.0 and margins:
             threshold = max(found, value) * (1.0 + margins.pop(0))
         else:  # nothing proposed, or nothing near enough to the truth
@@ -177,9 +178,9 @@ def _lanczos(matrix: Tensor) -> float:
     """Return λ_max of a Hermitian matrix up to a relative residual of LANCZOS, 0 where it takes too long.
 
     Lanczos with full reorthogonalisation, which proves nothing. ARPACK is ten times slower here. A matrix of more than
-    SPARSE rows is read in single precision, half the time, for a value that is raised by what this may cost.
+    HUGE rows is read in single precision, half the time, for a value that is raised by what this may cost.
     """
-    if len(matrix) > SPARSE:
+    if len(matrix) > HUGE:
         single = _lanczos_value(matrix.to(torch.complex64 if matrix.is_complex() else torch.float32), 2.0**-10)
         return single * (1.0 + 2.0**-20)
     return _lanczos_value(matrix, LANCZOS)
