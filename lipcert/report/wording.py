@@ -71,7 +71,7 @@ def duration(seconds: float | None) -> str:
     >>> duration(42.3), duration(5000)
     ('42.3 s', '1 h 23 min')
     """
-    if seconds is None or math.isnan(seconds):
+    if seconds is None or not math.isfinite(seconds):
         return MISSING
     if seconds < 60:
         return f"{seconds:.3g} s"
