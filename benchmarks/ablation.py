@@ -14,11 +14,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import pandas as pd
 from results import record
+from variants import Change, add_options, groups, run_all, spread
 
 from lipcert.config import TrainConfig
-from lipcert.files import read_json, write_json
 from lipcert.train import train
 
 LIPSHIFT: dict[str, dict] = {
@@ -56,62 +55,39 @@ STUDIES = {
 
 
 def main() -> None:
-    part, parts = map(int, args.part.split("/"))
     model, section, variants = STUDIES[args.model]
     output = Path(args.output or f"runs/ablation-{args.model}")
-    if unknown := set(args.only or ()) - set(variants):
-        raise SystemExit(f"unknown variants {sorted(unknown)}; the variants of {args.model} are {list(variants)}")
-    chosen = {name: change for name, change in variants.items() if not args.only or name in args.only}
-    jobs = [(name, change, seed) for seed in range(args.seeds) for name, change in chosen.items()]
-    for number, (name, change, seed) in enumerate(jobs):
-        if number % parts != part:
-            continue
-        folder = output / f"{name.replace(' ', '-').replace(',', '').replace(':', '')}-{seed}"
-        if not (folder / "row.json").exists():
-            config = TrainConfig(
-                model=model,
-                model_args={"embed_dim": 48, "depths": [3], "neck": 256, **change},
-                data=args.data,
-                epochs=args.epochs,
-                seed=seed,
-                lr=3e-3,
-                batch_size=128,
-            )
-            row = train(config, folder, data_root=args.data_root, resume=(folder / "state.pt").exists())
-            write_json(folder / "row.json", {**row, "variant": name, "seed": seed})
-        row = read_json(folder / "row.json")
-        print(
-            f"{name}, seed {seed}: certified {100 * row['val_certified']:.2f} %, clean {100 * row['val_clean']:.2f} %, "
-            f"L {row['lipschitz_upper']:.3g}",
-            flush=True,
+
+    def run(folder: Path, change: Change, seed: int) -> dict:
+        config = TrainConfig(
+            model=model,
+            model_args={"embed_dim": 48, "depths": [3], "neck": 256, **change},
+            data=args.data,
+            epochs=args.epochs,
+            seed=seed,
+            lr=3e-3,
+            batch_size=128,
         )
-    if args.record:
-        rows = pd.DataFrame([read_json(path) for path in output.glob("*/row.json")])
-        for name in variants:
-            if (group := rows[rows.variant == name]).empty:
-                continue
-            certified, clean = 100 * group.val_certified, 100 * group.val_clean
-            record(
-                section,
-                (
-                    f"{name} | {certified.mean():.1f} ({certified.min():.1f} to {certified.max():.1f}) | "
-                    f"{clean.mean():.1f} ({clean.min():.1f} to {clean.max():.1f}) | "
-                    f"{group.lipschitz_upper.median():.2f} | "
-                    f"{args.data}, {args.epochs} epochs, {len(group)} seeds"
-                ),
-            )
+        return train(config, folder, data_root=args.data_root, resume=(folder / "state.pt").exists())
+
+    def say(row: dict) -> str:
+        certified, clean = 100 * row["val_certified"], 100 * row["val_clean"]
+        return f"certified {certified:.2f} %, clean {clean:.2f} %, L {row['lipschitz_upper']:.3g}"
+
+    run_all(variants, output, args, run, say)
+    for name, group in groups(variants, output) if args.record else ():
+        record(
+            section,
+            f"{name} | {spread(group.val_certified)} | {spread(group.val_clean)} | "
+            f"{group.lipschitz_upper.median():.2f} | {args.data}, {args.epochs} epochs, {len(group)} seeds",
+        )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=STUDIES, default="lipshift")
     parser.add_argument("--data", default="cifar10")
-    parser.add_argument("--data-root")
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants; all")
-    parser.add_argument("--part", default="0/1", help="K/N: run every N-th job from the K-th on")
     parser.add_argument("-o", "--output", help="runs/ablation-MODEL")
-    parser.add_argument("--record", action="store_true", help="add rows to RESULTS.md")
+    add_options(parser, epochs=1)
     args = parser.parse_args()
     main()

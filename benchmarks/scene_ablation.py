@@ -13,14 +13,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import pandas as pd
 from results import record
+from variants import Change, add_options, groups, run_all, spread
 
 import lipcert
 from lipcert.checkpoint import load_model
 from lipcert.config import TrainConfig
 from lipcert.data import load_scenes, scene_loader
-from lipcert.files import read_json, write_json
 from lipcert.segment import certify_segmentation, constants
 from lipcert.tasks import STRIDE, scene_size
 from lipcert.train import train
@@ -37,35 +36,18 @@ WIDTH, RADII = 128, (0.25, 1.0)
 
 
 def main() -> None:
-    part, parts = map(int, args.part.split("/"))
     output = Path(args.output)
-    jobs = [(name, change, seed) for seed in range(args.seeds) for name, change in VARIANTS.items()]
-    for number, (name, change, seed) in enumerate(jobs):
-        if number % parts != part:
-            continue
-        folder = output / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
-        if not (folder / "row.json").exists():
-            write_json(folder / "row.json", {**run(folder, change, seed), "variant": name, "seed": seed})
-        row = read_json(folder / "row.json")
-        print(
-            f"{name}, seed {seed}: clean {100 * row['clean']:.2f} %, certified {100 * row['0.25']:.2f} % and "
-            f"{100 * row['1.0']:.2f} %, L {row['proved']:.3g}, estimated {row['estimated']:.3g}",
-            flush=True,
+    run_all(VARIANTS, output, args, run, say)
+    for name, group in groups(VARIANTS, output) if args.record else ():
+        record(
+            "Lip-SegFormer ablation",
+            f"{name} | {' | '.join(spread(group[key]) for key in ('clean', '0.25', '1.0'))} | "
+            f"{group.proved.median():.2f} | {(group.proved / group.estimated).median():.2f} | "
+            f"{group.parameters.iloc[0] / 1e6:.2f} M | {args.epochs} epochs, {len(group)} seeds",
         )
-    if args.record:
-        rows = pd.DataFrame([read_json(path) for path in output.glob("*/row.json")])
-        for name in VARIANTS:
-            group = rows[rows.variant == name]
-            shares = [_range(100 * group[key]) for key in ("clean", "0.25", "1.0")]
-            ratio = (group.proved / group.estimated).median()
-            record(
-                "Lip-SegFormer ablation",
-                f"{name} | {' | '.join(shares)} | {group.proved.median():.2f} | {ratio:.2f} | "
-                f"{group.parameters.iloc[0] / 1e6:.2f} M | {args.epochs} epochs, {len(group)} seeds",
-            )
 
 
-def run(folder: Path, change: dict, seed: int) -> dict:
+def run(folder: Path, change: Change, seed: int) -> dict:
     """Train one variant (or go on with it) and certify the validation images."""
     config = TrainConfig(
         model="lipsegformer_tiny",
@@ -95,17 +77,16 @@ def run(folder: Path, change: dict, seed: int) -> dict:
     }
 
 
-def _range(shares: pd.Series) -> str:
-    return f"{shares.mean():.1f} ({shares.min():.1f} to {shares.max():.1f})"
+def say(row: dict) -> str:
+    return (
+        f"clean {100 * row['clean']:.2f} %, certified {100 * row['0.25']:.2f} % and {100 * row['1.0']:.2f} %, "
+        f"L {row['proved']:.3g}, estimated {row['estimated']:.3g}"
+    )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--part", default="0/1", help="K/N: run every N-th job from the K-th on")
     parser.add_argument("-o", "--output", default="runs/scene-ablation")
-    parser.add_argument("--record", action="store_true", help="add rows to RESULTS.md")
+    add_options(parser, epochs=10)
     args = parser.parse_args()
     main()

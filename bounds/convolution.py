@@ -183,13 +183,13 @@ def correlation_norm(correlation: Correlation, method: Method) -> Bound:
     for d, size, least in zip(degree, sizes, full, strict=True):
         if size < least:  # three roundings of an angle below 0.1, and a cosine to 4 units in the last place: within 8u
             factor = mul_up(factor, div_up(1.0, sub_down(math.cos(math.pi * d / (2 * size)), 8.0 * UNIT["float64"])))
-    open = open_axis(correlation, sizes, attained, method) if sizes == full else None
+    whole = sizes == full
+    open = open_axis(correlation, sizes, attained, method) if whole else None
     sizes = tuple(1 if j == open else size for j, size in enumerate(sizes))
-    twistable = sizes == full or open is not None
-    twistable &= not any(axis.wrap for axis in correlation.axes)
+    twistable = whole and not any(axis.wrap for axis in correlation.axes)
     value, twisted = largest_symbol(correlation, sizes, open, method, twistable)
     grid = "x".join("open" if j == open else str(size) for j, size in enumerate(sizes))
-    name = f"{'torus' if factor == 1.0 else 'grid'} {grid}{', twisted' if twisted else ''}"
+    name = f"{'torus' if whole else 'grid'} {grid}{', twisted' if twisted else ''}"
     place = "matrix" if max(sizes) == 1 and open is None else name
     return Bound(mul_up(value, factor, sqrt_up(float(copies))), "upper", f"{place}, {method}")
 

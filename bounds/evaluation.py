@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lipcert.bounds.graph import Node, call
+from lipcert.bounds.graph import Node, call, each
 
 CACHED = 2**23  # bytes of windows that are gathered at once: more are slower
 
@@ -31,7 +31,7 @@ def _convolution(node: Node, a: dict[str, Any]) -> Tensor:
     x, weight = a["input"], a["weight"]
     if x.device.type != "cpu" or a["groups"] != 1:
         return call(node.target, a)
-    (up, left), (down, right), (below, beside) = (_pair(a[key]) for key in ("padding", "stride", "dilation"))
+    (up, left), (down, right), (below, beside) = (each(a[key], 2) for key in ("padding", "stride", "dilation"))
     channels, (rows, columns) = x.shape[1], weight.shape[2:]
     height, width = (
         (size - gap * (k - 1) - 1) // step + 1
@@ -54,11 +54,6 @@ def _convolution(node: Node, a: dict[str, Any]) -> Tensor:
     if a["bias"] is not None:
         result += a["bias"]
     return result.permute(0, 3, 1, 2)
-
-
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    both = (value, value) if isinstance(value, int) else tuple(value)
-    return (both[0], both[0]) if len(both) == 1 else (both[0], both[1])
 
 
 def _two_pass(x: Tensor, dims: Sequence[int], eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:

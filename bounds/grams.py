@@ -12,11 +12,11 @@ of -d is the transpose of that of d), serve all frequencies: G(ω) = G_0 + Σ_{d
 One axis may stay as it is, `open`: its positions become channels, so that there is no torus on it and nothing is lost.
 The blocks are then larger, and banded. Where the torus of a small image is a few percent too large, this is not.
 
-Rounding. An entry of a coefficient sums at most cT products of weights (T taps, inner products over c channels), an
-entry of G(ω) at most 2D + 1 of those, with cosines and sines that err by 8u and differences that were rounded. Real
-and imaginary part err by γ_k Σ|products|, k = cT + 2D + 12, the complex entry by √2 γ_k, below γ_2k. The sum of all
-absolute products is an entry of B*B or BB*, symmetric, with B the map of which each phase has the one tap Σ|K_t|; so
-the error is entrywise below a symmetric matrix of Frobenius norm at most γ_2k ‖B‖_F².
+Rounding. An entry of a coefficient sums at most cT products of weights (T taps at different places, inner products
+over c channels), an entry of G(ω) at most 2D + 1 of those, with cosines and sines that err by 8u and differences that
+were rounded. Real and imaginary part err by γ_k Σ|products|, k = cT + 2D + 12, the complex entry by √2 γ_k, below
+γ_2k. The sum of all absolute products is an entry of B*B or BB*, symmetric, with B the map of which each phase has the
+one tap Σ|K_t|; so the error is entrywise below a symmetric matrix of Frobenius norm at most γ_2k ‖B‖_F².
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lipcert.bounds.rounding import gamma
 from lipcert.bounds.spectral import frobenius
-from lipcert.bounds.symbol import Correlation, circle, polyphase
+from lipcert.bounds.symbol import Correlation, circle, phases, polyphase
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _side(correlation: Correlation, open: int | None) -> tuple[bool, int, int]:
     _, _, rows, columns = correlation.taps.shape
     above = correlation.axes[open].out if open is not None else 1
     below = correlation.axes[open].n if open is not None else 1
-    below *= len(polyphase(correlation, open)[0].unique())
+    below *= phases(correlation, open)
     return (True, rows, above) if rows * above <= columns * below else (False, columns, below)
 
 

@@ -8,7 +8,7 @@ those of a batch of one image; `Node.batch` says which dimension counts the imag
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,6 +129,12 @@ def given(argument: Any, values: Mapping[str, Any], x: Tensor) -> Any:
     if isinstance(argument, Tensor):
         return argument.to(x) if argument.is_floating_point() else argument.to(x.device)
     return [given(item, values, x) for item in argument] if isinstance(argument, tuple) else argument
+
+
+def each(value: int | Sequence[int], axes: int) -> list[int]:
+    """Return one number for each axis, of an argument that may give one for all of them."""
+    numbers = [value] if isinstance(value, int) else list(value)
+    return numbers * axes if len(numbers) == 1 else numbers
 
 
 def leaves(argument: Any) -> Iterator[Any]:

@@ -14,6 +14,7 @@ scaled by a power of two. A tensor of more than two dimensions is a batch, of wh
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from lipcert.bounds.hermitian import largest_eigenvalue
 from lipcert.bounds.rounding import add_up, scale_up, sqrt_up
 from lipcert.bounds.spectral import TINY, Method, cheap, raised, small_gram
 
+METHODS: tuple[Method, ...] = get_args(Method)
 MEMORY = 2**28  # bytes of one chunk of blocks with all its temporary copies; a single block may need more
 
 
@@ -107,13 +109,10 @@ def resolve(method: str, W: Tensor) -> Method:
     """Return the method that "auto" stands for on the device of W; raise BoundError for an unknown one."""
     if method == "auto":
         return "eigenvalue" if W.device.type == "cpu" else "gram"
-    if method == "eigenvalue":
-        return "eigenvalue"
-    if method == "tight":
-        return "tight"
-    if method == "gram":
-        return "gram"
-    raise BoundError(f"method is 'auto', 'eigenvalue', 'tight' or 'gram', got {method!r}")
+    for known in METHODS:
+        if method == known:
+            return known
+    raise BoundError(f"method is 'auto', {', '.join(map(repr, METHODS))}, got {method!r}")
 
 
 def scaled(W: Tensor) -> tuple[Tensor, int]:

@@ -285,8 +285,9 @@ class Context:
         In a precision that cannot hold them they are rounded, which counts as an error of the operator.
         """
         total = 0.0
-        places = ("dim", "start", "end", "step", "index")  # whole numbers that are no constants
-        for leaf in leaves([argument for key, argument in node.arguments.items() if key not in places]):
+        places = ("dim", "start", "end", "step", "index")  # where whole numbers are no constants
+        read = [a for key, a in node.arguments.items() if not (key in places and isinstance(a, int))]
+        for leaf in leaves(read):
             tensor = leaf.tensor if isinstance(leaf, BatchConstant) else leaf
             if isinstance(tensor, float) or (isinstance(tensor, int) and abs(tensor) > EXACT_INTEGERS):
                 tensor = torch.tensor(float(tensor), dtype=torch.float64)

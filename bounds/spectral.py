@@ -1,8 +1,7 @@
-"""Proved upper bounds of spectral norms in float64, elementwise over a batch of blocks, and of the largest in a batch.
+"""Proved upper bounds of spectral norms in float64, elementwise over a batch of blocks, by norms that are easily had.
 
-Everything here is a tensor of upper bounds, one per block; `lipcert.bounds.matrix` is the public face. Nothing below
-trusts an eigenvalue solver, a Cholesky factorisation or an iteration to have converged: they only propose a matrix, the
-proof multiplies it out and adds every rounding error, so that a wrong proposal makes a bound larger, never false.
+Everything here is a tensor of upper bounds, one per block; `lipcert.bounds.matrix` is the public face, and
+`lipcert.bounds.hermitian` makes of these sharper ones.
 
 Arithmetic. u = 2^-53. An inner product of length n, in any order, with or without fused multiply-add, has an error of
 at most γ_n Σ|a_i||b_i|; a complex one of at most √2·γ_2n Σ|a_i||b_i| ≤ γ_4n Σ|a_i||b_i|, since its real and imaginary

@@ -46,7 +46,9 @@ class Axis:
 
 @dataclass(frozen=True)
 class Correlation:
-    """The map of the module docstring: taps (T, groups, c_out, c_in) in float64, displacements (T, axes), the axes."""
+    """The map of the module docstring: taps (T, groups, c_out, c_in) in float64, their displacements, which are all
+    different, (T, axes), the axes.
+    """
 
     taps: Tensor
     shifts: Tensor
@@ -210,6 +212,11 @@ def polyphase(correlation: Correlation, open: int | None = None) -> tuple[Tensor
     for j, axis in enumerate(correlation.axes):
         phase = phase * axis.stride + rest[:, j]
     return phase, block
+
+
+def phases(correlation: Correlation, open: int | None = None) -> int:
+    """Return how many phases the taps have."""
+    return len(polyphase(correlation, open)[0].unique())
 
 
 def circle(frequencies: Tensor, block: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from lipcert.bounds.hermitian import largest_eigenvalue
 from lipcert.bounds.matrix import MEMORY
 from lipcert.bounds.rounding import add_up, sqrt_up
 from lipcert.bounds.spectral import TINY, Method, small_gram
-from lipcert.bounds.symbol import Correlation, frequencies, polyphase, symbol_error, symbols
+from lipcert.bounds.symbol import Correlation, frequencies, phases, symbol_error, symbols
 
 OPEN = 9  # points of a torus up to which an axis is opened
 OPEN_SIDE = 4096  # of the matrices that this makes
@@ -36,7 +36,7 @@ def largest_symbol(
     frequency, turns = frequencies(sizes)
     made = _grams(correlation, sizes, open)
     if made is None:
-        chunks = frequency.split(max(1, CACHED // (16 * correlation.taps[0].numel() * _phases(correlation))))
+        chunks = frequency.split(max(1, CACHED // (16 * correlation.taps[0].numel() * phases(correlation))))
         blocks = (small_gram(symbols(correlation, chunk, turns)) for chunk in chunks)
         twisted, extra = False, add_up(symbol_error(correlation), TINY)
     else:
@@ -65,7 +65,7 @@ def open_axis(correlation: Correlation, sizes: tuple[int, ...], attained: list[b
         return None
     _, groups, rows, columns = correlation.taps.shape
     axis = correlation.axes[found]
-    columns *= _phases(correlation, found)
+    columns *= phases(correlation, found)
     side = min(rows * axis.out, columns * axis.n)
     reach = int(correlation.shifts[:, found].max() - correlation.shifts[:, found].min()) // axis.stride + 1
     band = min(side, reach * min(rows, columns))
@@ -77,12 +77,8 @@ def _grams(correlation: Correlation, sizes: tuple[int, ...], open: int | None) -
     """Return the coefficients of the Gram matrices, or None where forming each symbol is less work."""
     operations, memory = work(correlation, open)
     _, groups, rows, columns = correlation.taps.shape
-    columns *= _phases(correlation)
+    columns *= phases(correlation)
     directly = 4.0 * math.prod(sizes) * groups * min(rows, columns) * rows * columns
     if open is None and (memory > 2 * MEMORY or operations > max(directly, SMALL)):
         return None
     return grams(correlation, open)
-
-
-def _phases(correlation: Correlation, open: int | None = None) -> int:
-    return len(polyphase(correlation, open)[0].unique())

@@ -1020,7 +1020,9 @@ class Program:
             return value
         if set(value) == {"value"}:
             name = value["value"]
-            unit = self.nodes[name]["op"] == "lipcert.normalize" and self.operation(name).joint is False
+            unit = self.nodes[name]["op"] == "lipcert.normalize"
+            if unit:
+                self.operation(name)  # refuses another normalisation than of rows
             return Value(name, self.shape(name), unit)
         if set(value) == {"tensor"}:
             require(self.tensors[value["tensor"]].dtype == np.float64, "a tensor of integers")

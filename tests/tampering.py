@@ -668,22 +668,21 @@ def _count(files: Files, rng: Rng, column: int) -> list[str]:
     return row
 
 
-@of(MASKS)
-def stable_raised(files: Files, rng: Rng) -> str:
-    _count(files, rng, 3)
-    return "stable .* is above|contradict"
+def _raising(column: int, reason: str) -> Callable[[Files, Rng], str]:
+    def change(files: Files, rng: Rng) -> str:
+        _count(files, rng, column)
+        return reason
+
+    return change
 
 
-@of(MASKS)
-def certified_raised(files: Files, rng: Rng) -> str:
-    _count(files, rng, 6)
-    return "certified .* is above|contradict"
-
-
-@of(MASKS)
-def certified_alone_raised(files: Files, rng: Rng) -> str:
-    _count(files, rng, 7)
-    return "certified_alone .* is above|contradict"
+for name, column, reason in (
+    ("stable_raised", 3, "stable .* is above|contradict"),
+    ("certified_raised", 6, "certified .* is above|contradict"),
+    ("certified_alone_raised", 7, "certified_alone .* is above|contradict"),
+    ("pixels_changed", 2, "contradict"),
+):
+    KINDS[name], OF[name] = _raising(column, reason), (MASKS,)
 
 
 @of(MASKS)
@@ -707,12 +706,6 @@ def right_changed(files: Files, rng: Rng) -> str:
     row = _count(files, rng, 5)
     row[5] = str(min(int(row[5]), int(row[4])))
     return "valid and correct are"
-
-
-@of(MASKS)
-def pixels_changed(files: Files, rng: Rng) -> str:
-    _count(files, rng, 2)
-    return "contradict"
 
 
 @of(MASKS)

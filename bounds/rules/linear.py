@@ -20,7 +20,7 @@ from torch import Tensor
 from lipcert.bounds.affine import AffineMap, compose, pointwise, segment_bound
 from lipcert.bounds.convolution import conv_norm_upper
 from lipcert.bounds.core import BoundError, rule
-from lipcert.bounds.graph import Node, Ref
+from lipcert.bounds.graph import Node, Ref, each
 from lipcert.bounds.layout import Layout
 from lipcert.bounds.matrix import scaled, spectral_norm_upper
 from lipcert.bounds.propagation import Context
@@ -42,11 +42,11 @@ def convolution(node: Node, context: Context) -> Value:
         return context.unbounded(node, [x], "the kernel of the convolution depends on the input")
     axes = weight.ndim - 2
     _images_first(node, context, x, axes)
-    dilation = _each(node["dilation"], axes)
+    dilation = each(node["dilation"], axes)
     extents = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
     padding = node["padding"]
-    before = [e // 2 if padding == "same" else 0 for e in extents] if isinstance(padding, str) else _each(padding, axes)
-    stride = _each(node["stride"], axes)
+    before = [e // 2 if padding == "same" else 0 for e in extents] if isinstance(padding, str) else each(padding, axes)
+    stride = each(node["stride"], axes)
     size = convolved(weight, node["groups"], windows(weight.shape[2:], stride, dilation, node.shape[2:]))
     rounding = _rounding(node, context, weight, weight[0].numel(), size)
     if axes == 3:
@@ -57,7 +57,7 @@ def convolution(node: Node, context: Context) -> Value:
             )
         )  # fmt: skip
         return context.linear(node, x, None, norm=norm, cheap=schur(weight), rounding=rounding)
-    second = _kernel(weight, x.shape, node.shape, _each(node["stride"], axes), before, dilation, node["groups"])
+    second = _kernel(weight, x.shape, node.shape, each(node["stride"], axes), before, dilation, node["groups"])
     expected = Layout.of(x.shape, 0, 1)
 
     def transform(given: Representation) -> Representation | None:
@@ -81,9 +81,9 @@ def transposed_convolution(node: Node, context: Context) -> Value:
     _images_first(node, context, x, axes)
     norm = cache(
         lambda: conv_norm_upper(
-            weight, x.shape[2:], stride=_each(node["stride"], axes), padding=_each(node["padding"], axes),
-            dilation=_each(node["dilation"], axes), groups=node["groups"], transposed=True,
-            output_padding=_each(node["output_padding"], axes), method=context.method,
+            weight, x.shape[2:], stride=each(node["stride"], axes), padding=each(node["padding"], axes),
+            dilation=each(node["dilation"], axes), groups=node["groups"], transposed=True,
+            output_padding=each(node["output_padding"], axes), method=context.method,
         )
     )  # fmt: skip
     rounding = _rounding(node, context, weight, weight[:, 0].numel(), schur(weight))
@@ -192,11 +192,6 @@ def _images_first(node: Node, context: Context, x: Value, axes: int) -> None:
         raise context.mixed(node)
 
 
-def _each(value: int | list[int] | tuple[int, ...], axes: int) -> list[int]:
-    given = [value] if isinstance(value, int) else list(value)
-    return given * axes if len(given) == 1 else given
-
-
 def _rounding(node: Node, context: Context, weight: Tensor, length: int, size: float, bias: str = "bias") -> Rounding:
     """Return the rounding of inner products of this length, in l2 over all outputs, the bias included.
 
@@ -240,7 +235,7 @@ def convolved(weight: Tensor, groups: int, copies: int) -> float:
     """
     parts = weight.unflatten(0, (groups, -1))
     window = max(absolute_norm(part.flatten(1)) for part in parts)
-    taps = max(absolute_norm(part.abs().flatten(2).sum(2)) for part in parts) * (1.0 + 2.0**-40)
+    taps = enlarge(max(absolute_norm(part.abs().flatten(2).sum(2)) for part in parts), weight[0, 0].numel())
     return min(schur(weight), mul_up(window, sqrt_up(float(copies))), taps)
 
 
@@ -301,7 +296,7 @@ def _convolution_range(node: Node, ranges: Ranges) -> Range:
     x = ranges.of(node, "input")
     x = x.over(0, *range(2, x.low.ndim))  # also over what a view merged with the images
     padding = node["padding"]
-    if transposed or padding == "same" or (padding != "valid" and any(_each(padding, 1))):
+    if transposed or padding == "same" or (padding != "valid" and any(each(padding, 1))):
         x = Range(x.low.clamp_max(0.0), x.high.clamp_min(0.0))
     if not x.finite:
         return ranges.unknown(node)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lipcert.bounds.affine import AffineMap, compose, pointwise, segment_bound
 from lipcert.bounds.core import Bound, BoundError, rule
-from lipcert.bounds.graph import Node
+from lipcert.bounds.graph import Node, each
 from lipcert.bounds.layout import Layout
 from lipcert.bounds.matrix import spectral_norm_upper
 from lipcert.bounds.propagation import Context
@@ -128,7 +128,7 @@ def max_pool(node: Node, context: Context) -> Value:
     x = context.data(node, "self")
     _values_only(node)
     sides, kernel, stride, padding = _windows(node, context, x)
-    dilation = _each(node["dilation"], len(sides))
+    dilation = each(node["dilation"], len(sides))
     first = len(x.shape) - len(sides)
     counts = [
         _covered(n, node.shape[first + j], k, s, p, d)
@@ -252,20 +252,15 @@ def _windows(node: Node, context: Context, x: Value) -> tuple[tuple[int, ...], l
     first = len(x.shape) - axes
     for dim in range(first, len(x.shape)):
         context.axis(node, x, dim)
-    kernel = _each(node["kernel_size"], axes)
-    stride = _each(node["stride"], axes) if node["stride"] else kernel
-    return x.shape[first:], kernel, stride, _each(node["padding"], axes)
+    kernel = each(node["kernel_size"], axes)
+    stride = each(node["stride"], axes) if node["stride"] else kernel
+    return x.shape[first:], kernel, stride, each(node["padding"], axes)
 
 
 def _covered(n: int, out: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
     """Return the largest number of windows that contain one position of an axis."""
     places = (stride * i + dilation * t - padding for i in range(out) for t in range(kernel))
     return max(Counter(place for place in places if 0 <= place < n).values())
-
-
-def _each(value: int | Sequence[int], axes: int) -> list[int]:
-    given = [value] if isinstance(value, int) else list(value)
-    return given * axes if len(given) == 1 else given
 
 
 def _grid(shape: Sequence[int], axes: int) -> tuple[int, int]:

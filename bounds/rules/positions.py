@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lipcert.bounds.core import Bound
-from lipcert.bounds.graph import Node, Ref
+from lipcert.bounds.graph import Node, Ref, each
 from lipcert.bounds.matrix import spectral_norm_upper
 from lipcert.bounds.positions import Factor, Reading, Source, positioned
 from lipcert.bounds.propagation import Context
@@ -146,8 +146,8 @@ def transposed_convolution(node: Node, channel: int, nodes: Nodes) -> Reading | 
     weight, x = node["weight"], node["input"]
     if channel != 1 or not isinstance(weight, Tensor) or not isinstance(x, Ref) or len(node.shape) != weight.ndim:
         return None
-    stride = _each(node["stride"], weight.ndim - 2)
-    dilated = any(d != 1 for d in _each(node["dilation"], weight.ndim - 2))
+    stride = each(node["stride"], weight.ndim - 2)
+    dilated = any(d != 1 for d in each(node["dilation"], weight.ndim - 2))
     phases: dict[tuple[int, ...], list[Tensor]] = {}
     for t in itertools.product(*(range(size) for size in weight.shape[2:])):
         phase = tuple(0 if dilated else i % s for i, s in zip(t, stride, strict=True))
@@ -296,9 +296,3 @@ def _constant(bound: Bound) -> Factor:
 
 def _one(context: Context) -> Bound:
     return ONE
-
-
-def _each(given: int | Sequence[int], count: int) -> tuple[int, ...]:
-    """Return one number for each dimension."""
-    numbers = (given,) if isinstance(given, int) else tuple(given)
-    return numbers * count if len(numbers) == 1 else numbers

@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lipcert.bounds.attention import Rows, coefficients, column_sums
@@ -32,27 +31,12 @@ from lipcert.layers import LiResConv, MaxMin, NormalizedLinear, ScaledCosineAtte
 from lipcert.layers.power import Segment
 from lipcert.layers.windows import Size
 from lipcert.models.network import PartNetwork
-from lipcert.models.parts import Affine, LinearShiftBlock, Part, ShiftMix
+from lipcert.models.parts import Affine, Chunk, LinearShiftBlock, MeanPart, Part, ShiftMix
 from lipcert.models.shiftvit import Activation, Center, fitting_patch, patch_convolution
 from lipcert.registry import models
 
 
-class Third(nn.Module):
-    """Queries, keys or values of a joint projection, as an affine module of their own for the power iteration."""
-
-    def __init__(self, qkv: nn.Module, number: int) -> None:
-        super().__init__()
-        self.qkv, self.number = qkv, number
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight: Any = self.qkv.weight
-        return F.linear(x, weight.chunk(3)[self.number])
-
-    def extra_repr(self) -> str:
-        return f"{self.number}"
-
-
-class AttentionBlock(Part):
+class AttentionBlock(MeanPart):
     """Windowed scaled cosine attention f in a residual form: maps (n, dim, h, w) -> the same.
 
     Estimate: `(1 - a) + a L` ("convex") or `1 + |a| L` ("weighted") with L the attention's `estimate`.
@@ -68,7 +52,7 @@ class AttentionBlock(Part):
         residual: str, start: float,
         orthogonal: bool = True,
     ) -> None:  # fmt: skip
-        super().__init__()
+        super().__init__(start)
         dim, height, width = in_shape
         size = (window, window) if isinstance(window, int) else window
         if height % size[0] or width % size[1]:
@@ -77,8 +61,6 @@ class AttentionBlock(Part):
             raise InputError(f"{heads} heads do not divide {dim} channels; choose another num_heads or embed_dim")
         if residual not in ("convex", "weighted"):
             raise InputError(f"residual must be convex or weighted, not {residual!r}")
-        if not 0 < start < 1:
-            raise InputError(f"the weight of the attention must start in (0, 1), not at {start}")
         self.dim, self.tokens, self.residual = dim, size[0] * size[1], residual
         attention = ScaledCosineAttention(
             dim, heads, tau=tau, nu=unit_nu(self.tokens, tau, eps), eps=eps, orthogonal=orthogonal, window=size,
@@ -91,26 +73,20 @@ class AttentionBlock(Part):
                 nn.init.zeros_(linear.bias)
         self.mix = WindowMix(attention, size, shift=shift, masked=False)
         self.attention = attention
-        self.weight = nn.Parameter(torch.tensor(math.log(start / (1 - start)) if residual == "convex" else start))
-
-    @property
-    def share(self) -> Tensor:
-        """Return a, the weight of the branch."""
-        return torch.sigmoid(self.weight) if self.residual == "convex" else self.weight
+        if residual == "weighted":  # a itself
+            self.weight = nn.Parameter(torch.tensor(start))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.mix(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        share = self.share
-        return (1 - share) * x + share * y if self.residual == "convex" else x + share * y
+        return self.mean(x, y) if self.residual == "convex" else x + self.weight * y
 
     def segments(self) -> list[Segment]:
-        thirds: list[Segment] = [(Third(self.attention.qkv, i), (self.dim,)) for i in range(3)]
+        thirds: list[Segment] = [(Chunk(self.attention.qkv, 3, i), (self.dim,)) for i in range(3)]
         return [*thirds, (self.attention.proj, (self.dim,))]
 
     def lipschitz(self, norms: Sequence[Tensor]) -> Tensor:
         branch = self.attention.estimate(self.tokens, norms)
-        share = self.share
-        return 1 - share + share * branch if self.residual == "convex" else 1 + share.abs() * branch
+        return self.mean(1.0, branch) if self.residual == "convex" else 1 + self.weight.abs() * branch
 
 
 def unit_nu(tokens: int, tau: float, eps: float) -> float:

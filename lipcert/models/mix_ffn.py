@@ -8,7 +8,6 @@ learned in (0, 1), no steeper than the steeper of both.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -17,10 +16,10 @@ from torch import Tensor, nn
 from lipcert.errors import InputError
 from lipcert.layers import MaxMin
 from lipcert.layers.power import Segment
-from lipcert.models.parts import Part
+from lipcert.models.parts import MeanPart
 
 
-class LipschitzMixFFN(Part):
+class LipschitzMixFFN(MeanPart):
     """`(1 - a) x + a W₂ MaxMin(D W₁ x)`, D depthwise 3 x 3: maps (n, dim, h, w) -> the same.
 
     Estimate: `1 - a + a ‖D W₁‖ ‖W₂‖`. At the start W₁ has orthonormal columns, W₂ orthonormal rows, and D is near the
@@ -32,13 +31,11 @@ class LipschitzMixFFN(Part):
     """
 
     def __init__(self, in_shape: tuple[int, int, int], *, ratio: int = 2, start: float = 0.2) -> None:
-        super().__init__()
+        super().__init__(start)
         dim = in_shape[0]
         hidden = dim * ratio
         if ratio < 1 or hidden % 2:
             raise InputError(f"a Mix-FFN of {dim} channels needs an even number of hidden ones, not {hidden}")
-        if not 0 < start < 1:
-            raise InputError(f"the weight of a Mix-FFN must start in (0, 1), not at {start}")
         self.in_shape, self.hidden = in_shape, hidden
         expand = nn.Conv2d(dim, hidden, 1)
         depthwise = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
@@ -52,20 +49,12 @@ class LipschitzMixFFN(Part):
         for conv in (expand, depthwise, self.gather):
             assert conv.bias is not None
             nn.init.zeros_(conv.bias)
-        self.weight = nn.Parameter(torch.tensor(math.log(start / (1 - start))))
-
-    @property
-    def share(self) -> Tensor:
-        """Return a, the weight of the branch."""
-        return torch.sigmoid(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        share = self.share
-        return (1 - share) * x + share * self.gather(self.activation(self.spread(x)))
+        return self.mean(x, self.gather(self.activation(self.spread(x))))
 
     def segments(self) -> list[Segment]:
         return [(self.spread, self.in_shape), (self.gather, (self.hidden, *self.in_shape[1:]))]
 
     def lipschitz(self, norms: Sequence[Tensor]) -> Tensor:
-        share = self.share
-        return 1 - share + share * norms[0] * norms[1]
+        return self.mean(1.0, norms[0] * norms[1])

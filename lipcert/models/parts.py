@@ -7,7 +7,9 @@ Certificates use neither.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +47,44 @@ class Affine(Part):
 
     def lipschitz(self, norms: Sequence[Tensor]) -> Tensor:
         return norms[0]
+
+
+class MeanPart(Part):
+    """A part `(1 - a) x + a f(x)` with a learned in (0, 1): no steeper than the steeper of both.
+
+    Args:
+        start: a before training.
+    """
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        if not 0 < start < 1:
+            raise InputError(f"the weight of a {type(self).__name__} must start in (0, 1), not at {start}")
+        self.weight = nn.Parameter(torch.tensor(math.log(start / (1 - start))))
+
+    @property
+    def share(self) -> Tensor:
+        """Return a, the weight of the branch."""
+        return torch.sigmoid(self.weight)
+
+    def mean(self, x: Tensor | float, y: Tensor) -> Tensor:
+        """Return `(1 - a) x + a y`: of values, or of the constants 1 and that of f."""
+        return (1 - self.share) * x + self.share * y
+
+
+class Chunk(nn.Module):
+    """One of several equal parts of a joint projection, as an affine module of its own for the power iteration."""
+
+    def __init__(self, linear: nn.Module, count: int, number: int) -> None:
+        super().__init__()
+        self.linear, self.count, self.number = linear, count, number
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight: Any = self.linear.weight
+        return F.linear(x, weight.chunk(self.count)[self.number])
+
+    def extra_repr(self) -> str:
+        return f"{self.number} of {self.count}"
 
 
 class ShiftBlock(Part):

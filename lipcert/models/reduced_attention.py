@@ -23,10 +23,10 @@ from lipcert.bounds.attention import Rows, coefficients, column_sums
 from lipcert.errors import InputError
 from lipcert.layers.almost_orthogonal import AOLLinear
 from lipcert.layers.power import Segment
-from lipcert.models.parts import Part
+from lipcert.models.parts import Chunk, MeanPart
 
 
-class ReducedAttentionBlock(Part):
+class ReducedAttentionBlock(MeanPart):
     """`(1 - a) x + a f(x)`, f the attention and a learned in (0, 1): maps (n, dim, h, w) -> the same.
 
     Estimate: `1 - a + a L`, see above.
@@ -42,14 +42,12 @@ class ReducedAttentionBlock(Part):
         self, in_shape: tuple[int, int, int], *, heads: int, reduction: int, tau: float = 1.0, eps: float = 1.0,
         start: float = 0.2,
     ) -> None:  # fmt: skip
-        super().__init__()
+        super().__init__(start)
         dim, height, width = in_shape
         if reduction < 1 or height % reduction or width % reduction:
             raise InputError(f"patches of {reduction} do not divide a map of {height}x{width}; change the reduction")
         if heads < 1 or dim % heads:
             raise InputError(f"{heads} heads do not divide {dim} channels; choose another num_heads or embed_dim")
-        if not 0 < start < 1:
-            raise InputError(f"the weight of the attention must start in (0, 1), not at {start}")
         if not (tau > 0 and eps > 0):
             raise InputError(f"tau and eps of the attention must be positive, not {tau} and {eps}")
         self.in_shape, self.heads, self.tau, self.eps = in_shape, heads, tau, eps
@@ -62,12 +60,6 @@ class ReducedAttentionBlock(Part):
         self.reduce = OrthogonalPatches(dim, reduction) if reduction > 1 else None
         self.q, self.kv = AOLLinear(dim, dim), AOLLinear(dim, 2 * dim, blocks=2)
         self.proj = AOLLinear(dim, dim)
-        self.weight = nn.Parameter(torch.tensor(math.log(start / (1 - start))))
-
-    @property
-    def share(self) -> Tensor:
-        """Return a, the weight of the branch."""
-        return torch.sigmoid(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).mT  # (n, h w, dim)
@@ -75,12 +67,11 @@ class ReducedAttentionBlock(Part):
         q, k, v = (self._rows(projected) for projected in (self.q(tokens), *self.kv(few).chunk(2, -1)))
         out = self.nu * F.scaled_dot_product_attention(q, k, v, scale=self.tau)  # (n, heads, h w, dim / heads)
         y = self.proj(out.transpose(1, 2).flatten(2)).mT.unflatten(2, x.shape[2:])
-        share = self.share
-        return (1 - share) * x + share * y
+        return self.mean(x, y)
 
     def segments(self) -> list[Segment]:
         dim = self.in_shape[0]
-        parts: list[Segment] = [(self.q, (dim,)), (Half(self.kv, 0), (dim,)), (Half(self.kv, 1), (dim,))]
+        parts: list[Segment] = [(self.q, (dim,)), (Chunk(self.kv, 2, 0), (dim,)), (Chunk(self.kv, 2, 1), (dim,))]
         parts.append((self.proj, (dim,)))
         return parts if self.reduce is None else [*parts, (self.reduce, self.in_shape)]
 
@@ -88,9 +79,8 @@ class ReducedAttentionBlock(Part):
         q, k, v, out = norms[:4]
         few = norms[4] if self.reduce is not None else 1.0
         along, across, plain = self.coefficients
-        share = self.share
         branch = self.nu / math.sqrt(self.eps) * (along * q + (across * k + plain * v) * few) * out
-        return 1 - share + share * branch
+        return self.mean(1.0, branch)
 
     def _rows(self, x: Tensor) -> Tensor:  # (n, tokens, dim) -> (n, heads, tokens, dim / heads), of norms below 1
         x = x.unflatten(2, (self.heads, -1)).transpose(1, 2)
@@ -128,17 +118,3 @@ class OrthogonalPatches(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.size}"
-
-
-class Half(nn.Module):
-    """Keys or values of a joint projection, as an affine module of their own for the power iteration."""
-
-    def __init__(self, kv: AOLLinear, number: int) -> None:
-        super().__init__()
-        self.kv, self.number = kv, number
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.kv.weight.chunk(2)[self.number])
-
-    def extra_repr(self) -> str:
-        return f"{self.number}"

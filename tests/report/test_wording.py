@@ -52,8 +52,12 @@ def test_a_radius_that_is_no_fraction_of_255_stays() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.5, "0.5 s"), (59.9, "59.9 s"), (61, "1 min"), (3599, "1 h 0 min"), (90000, "25 h 0 min"), (math.inf, wording.MISSING)]
-)
+    ("seconds", "text"),
+    [
+        (0.5, "0.5 s"), (59.9, "59.9 s"), (61, "1 min"), (3599, "1 h 0 min"), (90000, "25 h 0 min"),
+        (math.inf, wording.MISSING),
+    ],
+)  # fmt: skip
 def test_duration(seconds: float, text: str) -> None:
     assert wording.duration(seconds) == text
 
