@@ -69,7 +69,7 @@ an .onnx file's listed operators. timm and torchvision read their own weights wi
     type=click.Choice(["fast", "tight"]),
     default="fast",
     show_default=True,
-    help="tight works longer on chains of layers, for a smaller bound.",
+    help="tight works longer on chains of layers and convolutions of small maps, for a smaller bound.",
 )
 @click.option(
     "--lower-steps",
