@@ -1,8 +1,9 @@
 """How `Program` runs single operators: as torch does, but where a proof of the rounding wants another order.
 
 Layer, group and instance normalisation take two passes, so that the variance comes from the differences themselves.
-Convolutions are matrix products of gathered windows: in float64 torch's own take longer on a processor. hardsigmoid
-divides by 6, where torch multiplies by 1/6 rounded to float32. Attention is written out.
+Convolutions are matrix products of gathered windows, or of transformed tiles where `lipcert.bounds.winograd` applies:
+in float64 torch's own take longer on a processor. hardsigmoid divides by 6, where torch multiplies by 1/6 rounded to
+float32. Attention is written out.
 """
 
 from __future__ import annotations
@@ -14,23 +15,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lipcert.bounds import winograd
 from lipcert.bounds.graph import Node, call, each
 
 CACHED = 2**23  # bytes of windows that are gathered at once: more are slower
 
 
-def evaluate(node: Node, arguments: dict[str, Any]) -> Tensor:
-    """Return the result of one operator on computed arguments."""
+def evaluate(node: Node, arguments: dict[str, Any], kernels: dict[str, Tensor]) -> Tensor:
+    """Return the result of one operator on computed arguments.
+
+    `kernels` keeps what is computed of weights once, by the names of nodes.
+    """
+    if node.op == "aten.conv2d.default":
+        return _convolution(node, arguments, kernels)
     own = _OWN.get(node.op)
     result = own(node, arguments) if own is not None else call(node.target, arguments)
     return result[node.output or 0] if isinstance(result, tuple | list) else result
 
 
-def _convolution(node: Node, a: dict[str, Any]) -> Tensor:
-    """Gather the windows of some images, multiply, go on: one inner product for each output entry, in any order."""
+def _convolution(node: Node, a: dict[str, Any], kernels: dict[str, Tensor]) -> Tensor:
     x, weight = a["input"], a["weight"]
     if x.device.type != "cpu" or a["groups"] != 1:
         return call(node.target, a)
+    stride, dilation = each(a["stride"], 2), each(a["dilation"], 2)
+    if not winograd.applies(weight, node.shape[2:], stride=stride, dilation=dilation, groups=a["groups"]):
+        return _gathered(a)
+    if node.name not in kernels:
+        kernels[node.name] = winograd.transformed(weight)
+    result = winograd.convolve(x, kernels[node.name], each(a["padding"], 2), node.shape[2:])
+    return _channels_second(result, a["bias"])
+
+
+def _gathered(a: dict[str, Any]) -> Tensor:
+    """Gather the windows of some images, multiply, go on: one inner product for each output entry, in any order."""
+    x, weight = a["input"], a["weight"]
     (up, left), (down, right), (below, beside) = (each(a[key], 2) for key in ("padding", "stride", "dilation"))
     channels, (rows, columns) = x.shape[1], weight.shape[2:]
     height, width = (
@@ -51,9 +69,12 @@ def _convolution(node: Node, a: dict[str, Any]) -> Tensor:
     for images, out in zip(padded.split(count), result.split(count), strict=True):
         windows = images.as_strided((len(images), height, width, rows, columns, channels), strides)
         torch.mm(windows.reshape(-1, len(matrix)), matrix, out=out.view(-1, weight.shape[0]))
-    if a["bias"] is not None:
-        result += a["bias"]
-    return result.permute(0, 3, 1, 2)
+    return _channels_second(result, a["bias"])
+
+
+def _channels_second(result: Tensor, bias: Tensor | None) -> Tensor:
+    """Return (n, h, w, c), to which the bias is added, as (n, c, h, w)."""
+    return (result if bias is None else result.add_(bias)).permute(0, 3, 1, 2)
 
 
 def _two_pass(x: Tensor, dims: Sequence[int], eps: float, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -107,7 +128,6 @@ def _view(node: Node, a: dict[str, Any]) -> Tensor:
 
 
 _OWN: dict[str, Callable[[Node, dict[str, Any]], Tensor]] = {
-    "aten.conv2d.default": _convolution,
     "aten.view.default": _view,
     "aten.hardsigmoid.default": _hardsigmoid,
     "aten.hardswish.default": _hardswish,

@@ -44,7 +44,7 @@ from lipcert.bounds.core import BoundError
 from lipcert.bounds.evaluation import evaluate
 from lipcert.bounds.graph import BatchConstant, Graph, Node, given, leaves
 from lipcert.bounds.rounding import UNIT, enlarge, gamma
-from lipcert.bounds.values import Derivation, Step
+from lipcert.bounds.values import EXACT, Derivation, Step
 
 SLACK = 1.0 + 2.0**-40
 TINY = {"float64": 2.0**-1022, "float32": 2.0**-126}  # below it results may be flushed to zero
@@ -89,6 +89,9 @@ class Program:
         self._steps, self._derivations, self._merged = tuple(steps), dict(derivations), tuple(merged)
         self._last = {name: node.name for node in graph.nodes for name in node.inputs}
         self._constants = [_largest_constant(node) for node in graph.nodes]
+        self._kernels: dict[str, Tensor] = {}
+        active = [i for i, step in enumerate(self._steps) if step.rounding != EXACT]
+        self._measured = {*active, *(i for index in active for i in self._steps[index].inputs)}
 
     @property
     def derivations(self) -> Mapping[int, Derivation]:
@@ -122,7 +125,7 @@ class Program:
                 f"precision is {' or '.join(UNIT)} and radius ≥ 0 finite, got {precision!r} and {radius!r}"
             )
         output, norms = self._run(x)
-        zero = torch.zeros_like(norms[0])
+        zero = x.new_zeros(len(x))
         exact, rough, fresh = self._errors("float64", lambda i, _: norms[i], zero, own=True)
         found = self._parts(source, exact, fresh, zero)
         if precision == "float64" and radius == 0.0:
@@ -177,7 +180,7 @@ class Program:
         for index, node in enumerate(self.graph.nodes):
             if index:
                 arguments = {key: given(argument, values, x) for key, argument in node.arguments.items()}
-                values[node.name] = evaluate(node, arguments)
+                values[node.name] = evaluate(node, arguments, self._kernels)
                 for name in {*node.inputs}:
                     if self._last[name] == node.name:
                         del values[name]
@@ -185,7 +188,12 @@ class Program:
         return values[self.graph.output], norms
 
     def _norm(self, index: int, node: Node, value: Tensor) -> Tensor:
-        """Return the l2 norm of a computed value for each image, rounded up, (n,)."""
+        """Return the l2 norm of a computed value for each image, rounded up, (n,); ∞ where no rounding depends on it.
+
+        Norms of values that are only moved need not be taken.
+        """
+        if index not in self._measured:
+            return value.new_full((1,), math.inf)
         if node.batch is None:
             rows = value[None]
         else:
@@ -243,9 +251,12 @@ class Program:
         never = rounding.operations * tiny > UNIT[precision]
         if never or not own and (rounding.own_only or self._constants[index] > LARGE[precision]):
             return torch.full_like(passed, math.inf)
+        if rounding == EXACT:
+            return torch.zeros_like(passed)
         largest = result = norm(index, passed)
         total = _gamma(rounding.output, precision) * result + rounding.absolute
-        for (count, size), i, error in zip(rounding.inputs, step.inputs, known, strict=False):
+        inputs = rounding.evaluated if own and rounding.evaluated else rounding.inputs
+        for (count, size), i, error in zip(inputs, step.inputs, known, strict=False):
             absolute = size * norm(i, error)
             total = total + _gamma(count, precision) * absolute
             largest = torch.maximum(largest, absolute)

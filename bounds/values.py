@@ -44,10 +44,12 @@ class Rounding:
     With γ of the precision: Σ_i γ_{n_i}·S_i·‖argument_i‖ + γ_output·‖result‖ + γ_n·‖constant‖ + absolute, plus what can
     underflow (`operations` per output entry; more where a loss is divided by something small). S_i also bounds the sum
     of the absolute values. `squares`: so many squares of the arguments are summed up for each output entry. `own_only`:
-    proved for the evaluation by `Program` itself, not for torch's own kernel.
+    proved for the evaluation by `Program` itself, not for torch's own kernel. `evaluated`: the (n_i, S_i) of that
+    evaluation, where it computes in another way than a deployed program may.
     """
 
     inputs: tuple[tuple[int, float], ...] = ()
+    evaluated: tuple[tuple[int, float], ...] = ()
     output: int = 0
     constant: tuple[int, float] = (0, 0.0)
     absolute: float = 0.0

@@ -19,9 +19,10 @@ docs/segmentation.md has the statements and their proofs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,7 +53,12 @@ class Clearances:
 
     predict: NDArray[np.int64]  # (p,), -1 where a logit is not a number
     leave: Floats  # (p,) before the class can change
-    enter: Floats  # (k, p) before it can become this one; 0 where it is
+    into: Callable[[], Floats]
+
+    @cached_property
+    def enter(self) -> Floats:
+        """Before it can become this class: (k, p); 0 where it is. Made when asked for, as counts alone need no more."""
+        return self.into()
 
 
 @dataclass(frozen=True)
@@ -129,12 +135,16 @@ def clearances(
     predict = np.where(numbers, np.argmax(np.nan_to_num(z, nan=-np.inf), axis=0), -1)
     certain = np.isfinite(z).all(axis=0) & math.isfinite(error)
     leave = np.zeros(z.shape[1])
-    enter = np.zeros_like(z)
     leave[certain] = _leave(z[:, certain], predict[certain], error, norms)
-    for number in range(len(z)):
-        others = certain & (predict != number)
-        enter[number, others] = _enter(z[:, others], number, error, norms, None if pairs is not None else within)
-    return Clearances(predict, leave, enter)
+
+    def into() -> Floats:
+        enter = np.zeros_like(z)
+        for number in range(len(z)):
+            others = certain & (predict != number)
+            enter[number, others] = _enter(z[:, others], number, error, norms, None if pairs is not None else within)
+        return enter
+
+    return Clearances(predict, leave, into)
 
 
 def radii(distance: Floats, pixel: float, *, largest: float = math.inf) -> Floats:
@@ -308,12 +318,10 @@ def summarise(
 
 def _leave(z: Floats, predict: NDArray[np.int64], error: float, norms: Floats) -> Floats:
     """Return the least of (z_a - z_b - 2E) / N_ab over b, for the predicted a: (k, p) -> (p,)."""
-    own = np.take_along_axis(z, predict[None], axis=0)[0]
-    least = np.full(z.shape[1], np.inf)
-    for number, other in enumerate(z):
-        distance = _distance(own - other, error, norms[predict, number])
-        least = np.minimum(least, np.where(predict == number, np.inf, distance))
-    return np.maximum(least, 0.0)
+    own = np.take_along_axis(z, predict[None], axis=0)
+    distance = _distance(own - z, error, norms[predict].T)
+    np.put_along_axis(distance, predict[None], np.inf, axis=0)
+    return np.asarray(np.maximum(distance.min(axis=0), 0.0))
 
 
 def _enter(z: Floats, number: int, error: float, norms: Floats, within: float | None) -> Floats:
@@ -321,11 +329,7 @@ def _enter(z: Floats, number: int, error: float, norms: Floats, within: float | 
 
     The furthest of them is a bound. With norms √2 (`within` is given), so is what `_overtake` proves.
     """
-    most = np.zeros(z.shape[1])
-    for other in range(len(z)):
-        if other != number:
-            pair = np.full(z.shape[1], norms[other, number])
-            most = np.maximum(most, _distance(z[other] - z[number], error, pair))
+    most = _distance(z - z[number], error, norms[:, number, None]).max(axis=0)
     if within is not None:
         near = (most <= within) & (most > 0)
         most[near] = np.maximum(most[near], _overtake(z[:, near], z[number, near], error))

@@ -17,6 +17,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lipcert.bounds import winograd
 from lipcert.bounds.affine import AffineMap, compose, pointwise, segment_bound
 from lipcert.bounds.convolution import conv_norm_upper
 from lipcert.bounds.core import BoundError, rule
@@ -49,6 +50,8 @@ def convolution(node: Node, context: Context) -> Value:
     stride = each(node["stride"], axes)
     size = convolved(weight, node["groups"], windows(weight.shape[2:], stride, dilation, node.shape[2:]))
     rounding = _rounding(node, context, weight, weight[0].numel(), size)
+    if axes == 2 and winograd.applies(weight, node.shape[2:], stride=stride, dilation=dilation, groups=node["groups"]):
+        rounding = _tiled(rounding, weight)
     if axes == 3:
         norm = cache(
             lambda: conv_norm_upper(
@@ -203,6 +206,16 @@ def _rounding(node: Node, context: Context, weight: Tensor, length: int, size: f
         norm = enlarge(float(torch.linalg.vector_norm(offset)), offset.numel() + 2)
         constant = mul_up(norm, sqrt_up(div_up(math.prod(node.shape), offset.numel())))
     return Rounding(((length + 3, size),), constant=(length + 3, constant), operations=2 * length + 2)
+
+
+def _tiled(rounding: Rounding, weight: Tensor) -> Rounding:
+    """Return the rounding of a convolution that `Program` may evaluate by `lipcert.bounds.winograd`."""
+    count, size = winograd.rounding(weight)
+    (plain, larger), = rounding.inputs
+    operations = rounding.operations + winograd.AMPLIFIED * 2 * weight.shape[1]
+    lost = mul_up(winograd.LOST, size)
+    # on a device where it does not, the longer inner products
+    return replace(rounding, evaluated=((max(count, plain), size),), operations=operations, absolute=lost)
 
 
 def schur(weight: Tensor) -> float:

@@ -138,7 +138,7 @@ def test_own_convolutions_are_torchs(size, kernel, stride, padding, dilation, bi
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lipcert.bounds.evaluation, "CACHED", cached)
-        result = lipcert.bounds.evaluation.evaluate(node, arguments)
+        result = lipcert.bounds.evaluation.evaluate(node, arguments, {})
     assert torch.allclose(result, layer(x), rtol=1e-12, atol=1e-13) and result.shape == layer(x).shape
 
 
