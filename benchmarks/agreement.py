@@ -17,7 +17,8 @@ from typing import Any
 
 from results import record
 
-from lipcert import checker
+from lipcert.checker import check
+from lipcert.checker.reading import read_json
 from lipcert.proof import SLACK
 
 CLOSE = 1e-6
@@ -31,12 +32,12 @@ def main() -> int:
     failed = False
     print("certificate | steps | factors not exactly 1 | largest deviation | at | above 1e-6 | own L | lipcert's L")
     for folder in options.folders:
-        report = checker.check(folder / "certificate.json")
+        report = check(folder / "certificate.json")
         if not report.accepted:
             failed = True
             print(f"{folder}: {report.reason}")
             continue
-        composed = {*_composed(checker.read_json(folder / "certificate.json")["proof"]["steps"])}
+        composed = {*_composed(read_json(folder / "certificate.json")["proof"]["steps"])}
         found = {
             value: abs(own * SLACK / claimed - 1)
             for value, own, claimed in report.own

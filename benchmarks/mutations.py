@@ -27,13 +27,14 @@ sys.path.insert(0, str(ROOT / "tests"))
 import issuing  # noqa: E402
 from tampering import Files, kinds, matches  # noqa: E402
 
-from lipcert import checker  # noqa: E402
+from lipcert.checker import check  # noqa: E402
+from lipcert.checker.reading import read_json  # noqa: E402
 from lipcert.data import load, loader  # noqa: E402
 
 
 def given(folder: Path, limit: int) -> Files:
     """Read a certificate and the first images of its data set."""
-    facts = checker.read_json(folder / "certificate.json")
+    facts = read_json(folder / "certificate.json")
     images = load(facts["data"], None, facts["split"]).first(facts["n"])
     files = Files.read(folder, np.concatenate([x.double().numpy() for x, _ in loader(images, 100)]))
     files.rows, files.images, files.record["n"] = files.rows[: 1 + limit], files.images[:limit], limit
@@ -62,7 +63,7 @@ def main() -> int:
                 files = original.copy()
                 expected = change(files, np.random.default_rng([zlib.crc32(kind.encode()), seed]))
                 files.write(folder)
-                report = checker.check(folder / "certificate.json", images=files.images, labels=files.labels)
+                report = check(folder / "certificate.json", images=files.images, labels=files.labels)
                 outcome = "accepted" if report.accepted else "rejected"
                 right = matches(expected, report.reason)
                 counts["still true" if expected == "" else "false", outcome, "right" if right else "other"] += 1

@@ -45,6 +45,9 @@ def imports(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
+            if node.level == 1 and path.parent.name == "checker":  # a folder that runs alone: tests/test_checker.py
+                yield f"lipcert.checker.{node.module}"
+                continue
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
             yield node.module or ""
             if node.module == "lipcert":

@@ -12,7 +12,7 @@ import pytest
 from issuing import N, certify_masks, lipsformer, small
 from tampering import KINDS, OF, Files, matches, pick
 
-from lipcert import checker
+from lipcert.checker import Report, check
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +35,9 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
     }
 
 
-def verdict(files: Files, folder: Path) -> checker.Report:
+def verdict(files: Files, folder: Path) -> Report:
     files.write(folder)
-    return checker.check(folder / "certificate.json", images=files.images, labels=files.labels)
+    return check(folder / "certificate.json", images=files.images, labels=files.labels)
 
 
 def test_what_was_written_is_accepted(written: Files, residual: Files, tmp_path: Path) -> None:
@@ -93,8 +93,8 @@ def test_a_certificate_is_found_where_it_lies_only(written: Files, tmp_path: Pat
     elsewhere.mkdir()
     (tmp_path / "program.safetensors").rename(elsewhere / "program.safetensors")
     with pytest.raises(FileNotFoundError):
-        checker.check(tmp_path / "certificate.json")
-    assert checker.check(tmp_path / "certificate.json", weights=elsewhere / "program.safetensors").accepted
+        check(tmp_path / "certificate.json")
+    assert check(tmp_path / "certificate.json", weights=elsewhere / "program.safetensors").accepted
 
 
 JUNK = (None, True, -1, 0, 2, 0.5, 1e300, 10**18, "", "x", [], {}, [0, 0], {"value": "x"}, {"tensor": "head.bias"})

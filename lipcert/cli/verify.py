@@ -28,7 +28,7 @@ Examples:
   lipcert verify certificate.json --data folder:photos
   lipcert verify certificate.json --images images.safetensors
 
-The checker is one file that needs NumPy and safetensors alone: lipcert/checker.py. Exit code 3: the sentence says what
+The checker is a folder that needs NumPy and safetensors alone: lipcert/checker. Exit code 3: the sentence says what
 does not hold, or what this checker cannot judge."""
 )
 @click.argument("certificate", type=click.Path(path_type=Path))
@@ -89,7 +89,8 @@ def command(
 
 def _facts(path: Path) -> dict[str, Any]:
     """Return what a certificate says about itself, or nothing if it is damaged: the checker says how."""
-    from lipcert.checker import Rejected, read_json
+    from lipcert.checker import Rejected
+    from lipcert.checker.reading import read_json
 
     try:
         facts = read_json(path)
