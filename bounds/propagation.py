@@ -10,9 +10,9 @@ A rule (`lipcert.bounds.rule`) is called as `rule(node, context)` and returns th
 
 A value carries, where it can, affine maps from *anchors* (the input, outputs of nonlinear operators, values with
 several consumers): value = M·anchor + const, so that ‖value‖_Lip ≤ ‖M‖·L(anchor) with one norm for the whole segment;
-the farthest anchor is used, which is the tightest. Next to them it carries *pieces*: ‖Δvalue‖ ≤ f·‖Δparent[range]‖
-along one dimension of a parent. Where neither helps, the constants of the operators multiply. All three are
-inequalities for the same number: the smallest is taken, and the `Derivation` says which it was.
+the farthest anchor is used, which is the tightest. Next to them it carries *pieces* (`pieces`): ‖Δvalue‖ ≤
+f·‖Δparent[range]‖ along one dimension of a parent. Where neither helps, the constants of the operators multiply. All
+three are inequalities for the same number: the smallest is taken, and the `Derivation` says which it was.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from lipcert.bounds import attention
+from lipcert.bounds import attention, pieces
 from lipcert.bounds.affine import segment_bound, stack
 from lipcert.bounds.composition.segments import Segments
 from lipcert.bounds.core import RULES, Bound, BoundError, unknown_operators
@@ -130,23 +130,18 @@ class Context:
                 if (new := transform(representation)) is not None:
                     made[anchor] = new
         if transform is not None and (norm is None or cheap is None):
-            alone = transform(x.identity(channel)[1])
+            anchor, own = x.identity(channel)
+            alone = made.get(anchor) or transform(own)
             if alone is not None:
                 cheap = alone.map.magnitude if cheap is None else cheap
-                norm = norm or cache(lambda: segment_bound(alone.map, self.method))
+                norm = norm or cache(lambda: self.segments.norm(alone.map))
         if norm is None or cheap is None:
             raise BoundError(f"no norm is known for {node.op} ({node.place})")
         operator = norm
         value = self.value(node, [x], [cheap], rounding, merged=merged)
         self._keep(value, made)
-        value.pieces = {
-            parent: replace(
-                piece,
-                factor=cache(lambda piece=piece: piece.factor() * operator()),
-                members=piece.members | {value.index},
-            )
-            for parent, piece in x.pieces.items()
-        }
+        pieces.after(value, x, operator)
+        pieces.segments(value, self.segments.norm)
         if not made:
             value.candidates.append(lambda: self.derive([x], [operator()], _short(node)))
             if not x.pieces:
@@ -178,17 +173,10 @@ class Context:
             if whole is not None:
                 made[anchor] = whole
         self._keep(value, made)
-        for parent in _common([x.pieces for x, _ in terms]):
-            pieces = [x.pieces[parent] for x, _ in terms]
-            if len({(piece.dim, piece.indices) for piece in pieces}) == 1:
-                bounds = [Bound(f, "upper", "scale") for f in factors]
-                total_factor = cache(
-                    lambda ps=pieces, bs=bounds: total([p.factor() * b for p, b in zip(ps, bs, strict=True)])
-                )
-                members = frozenset[int]().union(*(piece.members for piece in pieces)) | {value.index}
-                value.pieces[parent] = Piece(pieces[0].dim, pieces[0].indices, total_factor, members)
+        bounds = [Bound(f, "upper", "scale") for f in factors]
+        pieces.apart(value, [[(x, bound)] for (x, _), bound in zip(terms, bounds, strict=True)])
+        pieces.segments(value, self.segments.norm)
         if not made:
-            bounds = [Bound(f, "upper", "scale") for f in factors]
             value.candidates.append(lambda: self.derive([x for x, _ in terms], bounds, _short(node)))
             if not value.pieces:
                 self.bound(value)
@@ -205,12 +193,13 @@ class Context:
         """
         value = self.value(node, xs, [factor.value] * len(xs), rounding, joint=True, margins=margins)
         self.segments.activation(value, xs)
-        value.pieces = self._joined_pieces(value, xs, factor)
+        pieces.together(value, xs, factor)
         if representations:
             self._keep(value, representations)
+            pieces.segments(value, self.segments.norm)
         else:
             value.candidates = self._joint(value, xs, factor, label or _short(node))
-        value.pieces = {parent: piece for parent, piece in value.pieces.items() if not _whole(parent, piece)}
+        value.pieces = {parent: piece for parent, piece in value.pieces.items() if not pieces.whole(parent, piece)}
         if not value.pieces and not representations:
             self.bound(value)
         return value
@@ -331,23 +320,6 @@ class Context:
         chain = replace(self.derive([source], [whole], "chain", members=members), carried=plain)
         return chain if chain.bound.order < plain.bound.order else plain
 
-    def _joined_pieces(self, value: Value, xs: Sequence[Value], factor: Bound) -> dict[Value, Piece]:
-        """Return what the arguments together are a piece of: the same dimension of one parent, no index twice."""
-        made = {}
-        for parent in _common([x.pieces for x in xs]):
-            pieces = [x.pieces[parent] for x in xs]
-            union = frozenset[int]().union(*(piece.indices for piece in pieces))
-            if len({piece.dim for piece in pieces}) == 1 and len(union) == sum(len(piece.indices) for piece in pieces):
-                members = frozenset[int]().union(*(piece.members for piece in pieces)) | {value.index}
-                largest = cache(lambda ps=pieces: max((p.factor() for p in ps), key=lambda bound: bound.order) * factor)
-                made[parent] = Piece(pieces[0].dim, union, largest, members)
-        for parent in [p for p, piece in made.items() if _whole(p, piece)]:  # then also a piece of what it came from
-            for older, piece in parent.pieces.items():
-                inner = made[parent]
-                product = cache(lambda a=piece, b=inner: a.factor() * b.factor())
-                made.setdefault(older, Piece(piece.dim, piece.indices, product, piece.members | inner.members))
-        return made
-
     def _joint(self, value: Value, xs: Sequence[Value], factor: Bound, label: str) -> list[Callable[[], Derivation]]:
         """Return the ways to bound a function that is `factor`-Lipschitz in all its arguments together."""
 
@@ -355,8 +327,9 @@ class Context:
             return self.derive([parent], [piece.factor()], label, members=piece.members - {value.index})
 
         ways: list[Callable[[], Derivation]] = [partial(from_piece, *item) for item in value.pieces.items()]
-        if any(_whole(parent, piece) for parent, piece in value.pieces.items()):
-            return ways
+        everything = [parent for parent, piece in value.pieces.items() if pieces.whole(parent, piece)]
+        if any(all(any(anchor is parent for anchor, _ in x.carriers()) for x in xs) for parent in everything):
+            return ways  # slices of one value, such as the halves of MaxMin: nothing is gained by one bound for each
         if len(xs) == 1:
             return [*ways, lambda: self.derive(xs, [factor], label)]
         if (stacked := self._stacked(xs)) is not None:
@@ -411,10 +384,6 @@ def propagate(
             if last[name] == node.name:
                 context.retire(context.live.pop(name))
     return context, {name: context.kept[name] for name in keep}
-
-
-def _whole(parent: Value, piece: Piece) -> bool:
-    return len(piece.indices) == parent.shape[piece.dim]
 
 
 def _common(tables: Sequence[dict]) -> list:

@@ -17,6 +17,7 @@ from lipcert.export import export
 from lipcert.layers import MaxMin
 from lipcert.models.shiftvit import lipshift
 from lipcert.proof import SLACK, Proof
+from lipcert.registry import create_model
 
 
 def written(model: nn.Module, shape: tuple[int, ...]):
@@ -105,3 +106,20 @@ def test_without_a_finite_bound_there_is_no_proof() -> None:
 
     with pytest.raises(InputError, match="above the largest float"):
         Proof.of(audit(Huge(), (1, 2, 2)))
+
+
+def test_attention_in_a_part_of_the_channels_is_proved_inside_its_branch() -> None:
+    """Of Lip-SegFormer's halves, one waits and one attends; both come together with the constant of the steeper."""
+    torch.manual_seed(0)
+    model = create_model(
+        "lipsegformer_tiny", num_classes=3, img_size=32, height=16, in_chans=3, embed_dim=12, depths=(1, 1),
+        mixers=("shift", "window"), ffn="mix", num_heads=2,
+    ).eval()  # fmt: skip
+    found, proof, data = written(model, (3, 16, 32))
+    (joined,) = [step for step in data["proof"]["steps"] if "branches" in step]
+    assert joined["rule"] == "cat" and len(joined["sources"]) == len(joined["factors"]) == 1
+    waits, attends = joined["branches"]
+    assert [step["rule"] for step in waits["steps"]] in ([], ["affine"])
+    assert "attention" in [step["rule"] for step in attends["steps"]]
+    assert attends["steps"][-1]["bound"] <= joined["factors"][0] <= attends["steps"][-1]["bound"] * (1 + 1e-5)
+    assert proof.upper <= found.upper.value * (1 + 1e-5)

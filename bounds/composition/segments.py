@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ class Segments:
             raise BoundError(f"tightness is {' or '.join(map(repr, METHODS))}, got {tightness!r}")
         self._method, self._tightness = method, tightness
         self._links: dict[int, Link] = {}
-        self._norms: dict[AffineMap, Bound] = {}
+        self._norms: WeakKeyDictionary[AffineMap, Bound] = WeakKeyDictionary()
         self._inner = _inner(graph, keep)
 
     def activation(self, value: Value, arguments: Sequence[Value]) -> None:
@@ -78,12 +79,9 @@ class Segments:
 
     def norm(self, m: AffineMap) -> Bound:
         """Return `segment_bound` of a map, once."""
-        if m in self._norms:
-            return self._norms[m]
-        found = segment_bound(m, self._method)
-        if self._small(m):
-            self._norms[m] = found
-        return found
+        if m not in self._norms:
+            self._norms[m] = segment_bound(m, self._method)
+        return self._norms[m]
 
     def bound(self, value: Value) -> tuple[Value, Bound, frozenset[int]] | None:
         """Return the source of the longest chain that ends in a value, its bound, and the nodes in between."""

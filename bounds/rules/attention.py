@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lipcert.bounds import pieces
 from lipcert.bounds.attention import Columns, Rows, coefficients, column_sums
 from lipcert.bounds.core import Bound, BoundError, rule
 from lipcert.bounds.graph import BatchConstant, Node, Ref
@@ -78,6 +79,7 @@ def scaled_dot_product_attention(node: Node, context: Context) -> Value:
     margins += [limit for *_, limit in moved]
     result = context.value(node, [q, k, v, *added], factors, rounding, margins=margins)
     result.candidates += _derivations(context, parts, weights, moved)
+    _pieces(context, result, parts, weights, moved)
     context.bound(result)
     return result
 
@@ -106,6 +108,7 @@ def written_out(node: Node, context: Context, a: Value, b: Value) -> Value | Non
     margins = [math.inf, margin(size)]
     result = context.value(node, [a, b], alone, rounding, margins=margins)
     result.candidates += _derivations(context, parts, weights)
+    _pieces(context, result, parts, weights)
     result.candidates.append(
         lambda: context.derive([a, b], [Bound(factor, "upper", "range") for factor in alone], "matmul")
     )
@@ -243,6 +246,20 @@ def _derivations(
             through.append((source, bound * norm, limit / max(p.norm, 2.0**-500)))
     ways.append(partial(derive, *zip(*through, *moved, strict=True)))
     return ways
+
+
+def _pieces(
+    context: Context, result: Value, parts: Sequence[Part], weights: Sequence[float],
+    moved: Sequence[tuple[Value, Bound, float]] = (),
+) -> None:  # fmt: skip
+    """Make attention inside a piece of a value a piece of it: each part through itself, or the layer it is cut from."""
+    ways: list[list[pieces.Way]] = []
+    for p, weight in zip(parts, weights, strict=True):
+        bound = Bound(weight, "upper", "attention")
+        ways.append([(p.value, bound)])
+        if (source := context.kept.get(p.layer)) is not None:
+            ways[-1].append((source, bound * Bound(p.norm, "upper", "projection")))
+    pieces.apart(result, [*ways, *([(mask, bound)] for mask, bound, _ in moved)])
 
 
 def _scores(nodes: Mapping[str, Node], name: str) -> tuple[Node, float, list[Tensor]] | None:

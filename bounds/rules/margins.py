@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from lipcert.bounds import pieces
 from lipcert.bounds.core import Bound
 from lipcert.bounds.graph import Node
 from lipcert.bounds.propagation import Context
@@ -24,6 +25,7 @@ def both(
     value = context.value(node, inputs, factors, rounding, margins=margins)
     bounds = [Bound(factor, "upper", "range") for factor in factors]
     value.candidates.append(lambda: context.derive(inputs, bounds, node.op.split(".")[1]))
+    pieces.apart(value, [[(x, bound)] for x, bound in zip(inputs, bounds, strict=True)])
     context.bound(value)
     return value
 
