@@ -16,6 +16,8 @@ from lipcert.models.parts import Part
 class Published(Protocol):
     """A network that follows a paper with a Lipschitz formula of its own."""
 
+    published_slow: bool  # whether evaluating it takes minutes
+
     def published_bound(self) -> dict[str, Any] | None:
         """Return what the authors' own formula claims for this network at inference, if it is published ("value",
         "formula", "note")."""

@@ -106,6 +106,8 @@ def patch_convolution(
 class LipShiFTPaper(PartNetwork):
     """LipShiFT as published, with the constant that its authors' formula gives at evaluation."""
 
+    published_slow = True  # 200 convolutions for each block, on a grid of 32 x 32 whatever the width
+
     def __init__(self, parts: Sequence[Part | nn.Module], head: NormalizedLinear, dropout: float) -> None:
         super().__init__(parts, head)
         self.dropout = dropout

@@ -88,6 +88,8 @@ class WindowNetwork(Estimated):
         windows: (side of the map, tokens that see each other) of each stage, for `published_bound`.
     """
 
+    published_slow = False
+
     def __init__(
         self, channels: int, embed: nn.Module, stages: Sequence[Stage], norm: nn.Module, head: nn.Linear,
         windows: Sequence[tuple[int, int]],

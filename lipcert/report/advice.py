@@ -28,6 +28,7 @@ class Counterpart:
 
 
 _LINEAR = {"batch_norm", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "addmm", "mm", "convolution"}
+_JOINING = {"add", "sum", "add_", "cat", "mul", "mul_"}
 _ATTENTION = ("scaled_dot_product_attention", "attention", "softmax_attention", "multi_head_attention")
 
 COUNTERPARTS = (
@@ -125,8 +126,9 @@ def advice(layers: Sequence[Mapping[str, Any]], unbounded: Sequence[Mapping[str,
         if names:
             found.append(Advice(entry, len(names), None, tuple(dict.fromkeys(names))[:3]))
     grown: dict[int, list[tuple[str, float]]] = {}
+    normalised = [str(row.get("name", "?")) for row in layers if row.get("op") == "normalize"]
     for row, share in zip(layers, shares(layers), strict=True):
-        which = _counterpart(row)
+        which = _counterpart(row, normalised)
         if which is not None and share.part is not None and share.part > 0.0:
             grown.setdefault(which, []).append((str(row.get("name", "?")), share.part))
     entries = [
@@ -136,15 +138,38 @@ def advice(layers: Sequence[Mapping[str, Any]], unbounded: Sequence[Mapping[str,
     return found + sorted((entry for entry in entries if (entry.part or 0) >= _WORTH), key=lambda e: -(e.part or 0))
 
 
-def _counterpart(row: Mapping[str, Any]) -> int | None:
-    """Return the position of a row's counterpart; products and sums inside one affine map are with constants."""
-    words, factor = set(_words(row.get("op"))), number(row.get("upper"))
+def _counterpart(row: Mapping[str, Any], normalised: Sequence[str]) -> int | None:
+    """Return the position of a row's counterpart, None where there is nothing to replace.
+
+    Products and sums inside one affine map are with constants; of parts that a concatenation joins, only the steepest
+    counts, so that joining costs nothing. Attention whose queries, keys and values are normalised, in the same row or
+    in those named `normalised`, is what would be advised.
+    """
+    factor, op = number(row.get("upper")), str(row.get("op"))
+    label, _, inside = op.partition(" of ")
+    words = set(_words(op))
     if words & {"affine", "chain"}:
         words &= _LINEAR
+    elif label == "cat" and inside:
+        words = set(_words(inside)) - _JOINING
+    if words & {*_ATTENTION} and _rows_normalised(str(row.get("name", "?")), inside, normalised):
+        words -= {*_ATTENTION}
     for position, entry in enumerate(COUNTERPARTS):
         if entry.least is not None and words & {*entry.operators} and factor > entry.least:
             return position
     return None
+
+
+def _rows_normalised(name: str, inside: str, normalised: Sequence[str]) -> bool:
+    """Return whether there is a normalisation for each of the queries, keys and values of every attention of a row."""
+    counts = {word: 0 for word in ("normalize", *_ATTENTION)}
+    for word, times in re.findall(r"([a-z_0-9]+)(?:×(\d+))?", inside):
+        if word in counts:
+            counts[word] += int(times or 1)
+    found = counts.pop("normalize")
+    if attentions := sum(counts.values()):
+        return found >= 3 * attentions
+    return sum(other == name or f"{name}." in other for other in normalised) >= 3
 
 
 def _largest(rows: Sequence[tuple[str, float]]) -> tuple[str, ...]:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from cli.test_cli import run
 
+from lipcert.models.shiftvit import LipShiFTPaper
+
 SMALL = dict(img_size=16, num_classes=3, embed_dim=8, depths=[1], num_heads=[2], window_size=4)
 FACTORIES = f"""
 from torch import nn
@@ -16,6 +18,7 @@ from lipcert.registry import create_model
 def theorem(): return create_model("lipsformer_swin_tiny", **{SMALL!r})
 def released(): return create_model("lipsformer_swin_tiny", released=True, **{SMALL!r})
 def without(): return create_model("swin_tiny", **{SMALL!r})
+def slow(): return create_model("lipshift_paper", img_size=16, num_classes=3, embed_dim=12, depths=[1])
 def stranger(): return nn.Sequential(nn.Flatten(), nn.Linear(768, 3))
 """
 
@@ -27,11 +30,12 @@ def factories(tmp_path: Path) -> Path:
     return file
 
 
-def bound(capsys, factories: Path, name: str) -> tuple[str, dict]:
+def bound(capsys, factories: Path, name: str, *more: str) -> tuple[str, dict]:
     file = factories.with_name("bound.json")
-    args = ("--input-shape", "3,16,16", "--lower-steps", "0", "--json", file)
-    code, out, _ = run(capsys, "bound", f"{factories}:{name}", *args)
+    args = ("--input-shape", "3,16,16", "--lower-steps", "0", "--json", file, *more)
+    code, out, err = run(capsys, "bound", f"{factories}:{name}", *args)
     assert code == 0
+    assert ("--published evaluates it" in err) == (name == "slow" and not more)
     return out, json.loads(file.read_text())
 
 
@@ -55,4 +59,12 @@ def test_a_theorem_that_says_nothing_is_infinite(capsys, factories: Path) -> Non
 @pytest.mark.parametrize("name", ["without", "stranger"])
 def test_networks_of_no_such_paper_say_nothing_of_it(capsys, factories: Path, name: str) -> None:
     out, record = bound(capsys, factories, name)
+    assert "published" not in record and "published" not in out
+
+
+def test_a_formula_that_takes_minutes_is_evaluated_when_asked_for(capsys, factories: Path, monkeypatch) -> None:
+    out, record = bound(capsys, factories, "slow", "--published")
+    assert record["published"]["value"] > 0 and "published formula of the features" in out
+    monkeypatch.setattr(LipShiFTPaper, "published_bound", lambda network: pytest.fail("nobody asked for it"))
+    out, record = bound(capsys, factories, "slow")
     assert "published" not in record and "published" not in out

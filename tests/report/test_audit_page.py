@@ -8,7 +8,11 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+import torch
 
+from lipcert.bounds import audit
+from lipcert.export import export
+from lipcert.registry import create_model
 from lipcert.report import audit_figure, audit_page, audit_text
 from lipcert.report.advice import COUNTERPARTS, advice
 from lipcert.report.shares import path, shares
@@ -73,6 +77,7 @@ def test_advice_names_the_layers_in_the_order_of_their_growth() -> None:
     ("op", "upper", "counterpart"),
     [
         ("layer_norm", 316.3, "CenterNorm"),
+        ("attention", 90.0, "scaled cosine similarity attention"),
         ("scaled_dot_product_attention", 90.0, "scaled cosine similarity attention"),
         ("gelu", 1.129, "MaxMin"),
         ("max_pool2d", 2.0, "L2Pool2d"),
@@ -90,6 +95,39 @@ def test_products_with_constants_are_no_gates() -> None:
     (entry,) = advice([row("layer", "affine: mul+add+conv2d", 3.0, 3.0)], [])
     assert entry.counterpart.title.startswith("Linear layers")
     assert advice([row("layer", "affine: mul+add", 3.0, 3.0)], []) == []
+
+
+HALVES = "cat of slice×2+conv2d+linear+slice×3+normalize×{}+scaled_dot_product_attention+mul×2+add"
+
+
+@pytest.mark.parametrize(("count", "advised"), [(3, False), (2, True), (0, True)])
+def test_attention_with_normalised_rows_is_not_told_to_normalise_them(count: int, advised: bool) -> None:
+    """Queries, keys and values are three; SwinV2 normalises two. In rows of their own, or inside a joined part."""
+    rows = [row("stage.attn", "normalize", 1.0, 1.0) for _ in range(count)]
+    for layers in (
+        [*rows, row("stage.attn", "attention", 5.0, 5.0)],
+        [row("stem", HALVES.format(count).replace("normalize×0+", ""), 5.0, 5.0)],
+    ):
+        found = advice(layers, [])
+        assert advised == any("cosine" in entry.counterpart.instead for entry in found)
+
+
+def test_joining_parts_costs_nothing() -> None:
+    """What a joined row costs is the steepest part's, here of its linear layers, and not that of a residual sum."""
+    (entry,) = advice([row("stem", HALVES.format(3), 5.0, 5.0)], [])
+    assert entry.counterpart.title.startswith("Linear layers")
+    assert advice([row("stem", "cat of slice×2+maxmin", 1.5, 1.5)], []) == []
+
+
+def test_networks_with_cosine_attention_are_not_advised_to_have_it() -> None:
+    torch.manual_seed(0)
+    sizes = dict(num_classes=3, img_size=32, height=16, in_chans=3, embed_dim=12, depths=(1, 1), num_heads=2)
+    for mixer in ("window", "reduced"):
+        for decoder in ("split", "mlp"):
+            model = create_model("lipsegformer_tiny", **sizes, mixers=("shift", mixer), decoder=decoder, decoder_dim=12)
+            layers = audit(export(model.eval()), (3, 16, 32)).to_json()["layers"]
+            assert any("attention" in layer["op"] for layer in layers)
+            assert not any("cosine" in entry.counterpart.instead for entry in advice(layers, []))
 
 
 def test_counterparts_exist() -> None:
