@@ -1,13 +1,10 @@
-"""Norms: proved upper bounds of the operator norms of maps. Eigenvalues are proposals, Cholesky factorisations prove.
-
-Every function takes the bound that is `enough`: it decides how much is tried, and nothing else.
-"""
+"""Norms: proved upper bounds of the norms of maps. Eigenvalues are proposals only, Cholesky factorisations prove."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,7 +17,24 @@ OPEN, OPEN_SIDE = 9, 4096  # positions of an axis that is opened, and the blocks
 MATRIX_SIDE, TORUS_ROWS = 8192, 1 << 24  # of one matrix that is factorised, and of all of a torus
 
 
-def norm(m: Map, enough: float = 0.0) -> float:
+@dataclass(frozen=True)
+class Aim:
+    """What decides how much is tried, and nothing else: which bound is enough, and how it is said to be found.
+
+    The words "open" and "twisted" in the method name the torus that is tried first, so that numbers can be compared.
+    """
+
+    enough: float = 0.0
+    method: str = ""
+
+    def over(self, factor: float) -> Aim:
+        return replace(self, enough=self.enough / factor)
+
+
+LEAST = Aim()
+
+
+def norm(m: Map, aim: Aim = LEAST) -> float:
     """Bound the norm of a map.
 
     out_i = s_i k_{w(i)} has ‖out‖² = Σ_j (Σ_{i: w(i) = j} s_i²) k_j²: for moved entries, the largest sum is the square
@@ -42,18 +56,18 @@ def norm(m: Map, enough: float = 0.0) -> float:
     before = 1.0 if m.before is None else m.before
     if before == 0.0:
         return 0.0
-    return kernel_norm(replace(kernel, error=error * UP), enough / before) * before * UP
+    return kernel_norm(replace(kernel, error=error * UP), aim.over(before)) * before * UP
 
 
-def joint_norm(maps: Sequence[Map], enough: float = 0.0) -> float:
+def joint_norm(maps: Sequence[Map], aim: Aim = LEAST) -> float:
     """Bound the norm of the map to several values together."""
     try:
-        return norm(joined(maps, None), enough)
+        return norm(joined(maps, None), aim)
     except Rejected:
         return math.sqrt(sum(norm(m) ** 2 for m in maps)) * UP
 
 
-def kernel_norm(kernel: Kernel, enough: float = 0.0) -> float:
+def kernel_norm(kernel: Kernel, aim: Aim = LEAST) -> float:
     """Bound the norm of a kernel: from the matrix of the whole map if it is small, from a torus otherwise."""
     kernel = phases(kernel)
     largest = max((float(np.abs(tap).max(initial=0.0)) for tap in kernel.taps.values()), default=0.0)
@@ -69,11 +83,11 @@ def kernel_norm(kernel: Kernel, enough: float = 0.0) -> float:
     elif min(rows, columns) <= DENSE_SIDE and rows * columns <= DENSE_ENTRIES:
         found = proved_norm(opened(opened(unit, 0), 1).taps.values())
     else:
-        found = torus_norm(unit, (enough / UP - kernel.error) / scale)
+        found = torus_norm(unit, replace(aim, enough=(aim.enough / UP - kernel.error) / scale))
     return (found * scale + kernel.error) * UP
 
 
-def torus_norm(kernel: Kernel, enough: float = 0.0) -> float:
+def torus_norm(kernel: Kernel, aim: Aim = LEAST) -> float:
     """Bound the norm of a kernel of stride 1 with entries of at most 1 by those of tori that contain it.
 
     The map is a part of the convolution on a torus of m positions per axis, if outputs are different positions there,
@@ -87,14 +101,16 @@ def torus_norm(kernel: Kernel, enough: float = 0.0) -> float:
     short = 0 if torus[0] <= torus[1] else 1
     side = min(k[0] * k[1 + short] for k in (kernel.source, kernel.target))
     found = math.inf
-    for open in [False, True] if torus[short] <= OPEN and side <= OPEN_SIDE else [False]:
+    ways = [(open, twisted) for open in (False, True) for twisted in (False, True)]
+    said = ("open" in aim.method, "twisted" in aim.method)
+    for open, twisted in sorted(ways, key=lambda way: way != said):
+        if found <= aim.enough or (open and (torus[short] > OPEN or side > OPEN_SIDE)):
+            continue
         k = opened(kernel, short) if open else kernel
         sizes = [1 if open and axis == short else m for axis, m in enumerate(torus)]
         require(math.prod(sizes) * max(k.source[0], k.target[0]) < TORUS_ROWS, "the map is too large")
         error = 2 * gamma(len(k.taps) + 40) * k.size  # of a block: see `symbols`
-        for twisted in (False, True):
-            if found > enough:
-                found = min(found, (proved_norm(symbols(k.taps, sizes, twisted)) + error) * UP)
+        found = min(found, (proved_norm(symbols(k.taps, sizes, twisted)) + error) * UP)
     return found
 
 

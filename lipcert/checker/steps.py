@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .maps import opened, phases
-from .norms import joint_norm, norm
+from .norms import Aim, joint_norm, norm
 from .program import Program
 from .reading import Array, Rejected, number_of, only, require, take
 from .rounding import UP, lengths
@@ -51,9 +51,10 @@ def prove(program: Program, records: Any, base: str, where: str = "") -> tuple[l
             if not isinstance(source, str) or source not in claimed:
                 raise Rejected(f"{here}: the source {source!r} is not the input or the value of an earlier step")
         numbers = [number_of({"factor": factor}, "factor", here) for factor in factors]
+        aim = Aim(numbers[0], take(record, "method", str, here))
         branches = take(record, "branches", list, here) if "branches" in record else None
         try:
-            own, nodes, inner = _confirm(program, value, rule, sources, joint, branches, numbers[0], here)
+            own, nodes, inner = _confirm(program, value, rule, sources, joint, branches, aim, here)
             for factor, found in zip(numbers, own, strict=True):
                 require(found <= factor, f"the factor {factor!r} is below {found!r}, which is what can be proved")
         except Rejected as error:
@@ -70,9 +71,8 @@ def prove(program: Program, records: Any, base: str, where: str = "") -> tuple[l
 
 
 def _confirm(
-    program: Program, value: str, rule: str, sources: Sequence[str], joint: bool, branches: Any, enough: float,
-    where: str,
-) -> tuple[list[float], list[str], list[tuple[str, str, Sequence[Step]]]]:  # fmt: skip
+    program: Program, value: str, rule: str, sources: Sequence[str], joint: bool, branches: Any, aim: Aim, where: str
+) -> tuple[list[float], list[str], list[tuple[str, str, Sequence[Step]]]]:
     """Return own factors of a step, the nodes that it passes, and its branches, proved."""
     require(rule != "chain", "bounds of chains of affine maps and activations cannot be rechecked")
     op = program.nodes[value].op
@@ -87,14 +87,14 @@ def _confirm(
         return [factor], [value], proved
     if affine and len(sources) == 1:
         nodes = program.between([value], sources[0])
-        return [norm(program.maps([value], sources[0])[0], enough)], nodes, []
+        return [norm(program.maps([value], sources[0])[0], aim)], nodes, []
     if list(sources) == arguments:
         require(operation.joint or not joint, "only what is side by side counts jointly")
         return list(operation.factors), [value], []
     ordered = len(sources) == 1 and (operation.joint or len(arguments) == 1)
     require(ordered, "the sources are not its arguments in order")
     nodes, factor = program.between(arguments, sources[0]), max(operation.factors)
-    found = joint_norm(program.maps(arguments, sources[0]), enough / factor)
+    found = joint_norm(program.maps(arguments, sources[0]), aim.over(factor))
     return [found if factor == 1.0 else found * factor * UP], [*nodes, value], []
 
 
