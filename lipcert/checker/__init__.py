@@ -10,6 +10,7 @@ be copied and run alone. Each file imports only files before it, in this order o
     maps         the forms in which a linear function of a value is held
     norms        what is proved of them, by Cholesky factorisations
     operators    what they compute, their constants, what rounding adds
+    resampling   those that change the number of positions
     attention    on rows that are normalised
     program      the list of operators, and the maps between its values
     steps        the proof

@@ -68,7 +68,10 @@ def joint_norm(maps: Sequence[Map], aim: Aim = LEAST) -> float:
 
 
 def kernel_norm(kernel: Kernel, aim: Aim = LEAST) -> float:
-    """Bound the norm of a kernel: from the matrix of the whole map if it is small, from a torus otherwise."""
+    """Bound the norm of a kernel: from the matrix of the whole map if it is small, from a torus otherwise.
+
+    A periodic kernel is a part of the convolution on its own torus: all of it, or some of the outputs.
+    """
     kernel = phases(kernel)
     largest = max((float(np.abs(tap).max(initial=0.0)) for tap in kernel.taps.values()), default=0.0)
     require(math.isfinite(largest + kernel.error), "the numbers are too large to be rechecked")
@@ -77,10 +80,10 @@ def kernel_norm(kernel: Kernel, aim: Aim = LEAST) -> float:
     scale = 2.0 ** math.ceil(math.log2(largest))  # entries of at most 1: what underflows does not matter
     unit = replace(kernel, taps={t: tap / scale for t, tap in kernel.taps.items() if tap.any()}, error=0.0)
     rows, columns = math.prod(kernel.target), math.prod(kernel.source)
-    reaches = zip((unit.reach(0), unit.reach(1)), unit.source[1:], strict=True)
+    reaches = zip(unit.reaches(), unit.source[1:], strict=True)
     if len(unit.taps) == 1 and all(low >= 0 and high < n for (low, high), n in reaches):
         found = proved_norm(unit.taps.values())  # one matrix, at every position
-    elif min(rows, columns) <= DENSE_SIDE and rows * columns <= DENSE_ENTRIES:
+    elif not unit.periodic and min(rows, columns) <= DENSE_SIDE and rows * columns <= DENSE_ENTRIES:
         found = proved_norm(opened(opened(unit, 0), 1).taps.values())
     else:
         found = torus_norm(unit, replace(aim, enough=(aim.enough / UP - kernel.error) / scale))
@@ -94,14 +97,16 @@ def torus_norm(kernel: Kernel, aim: Aim = LEAST) -> float:
     h ≤ m, and if, with the image on positions 0 … n-1, every read outside of it is a position outside of it: m ≥ n -
     (first read) and m ≥ (last read) + 1. Then inserting zeros, the torus, keeping h outputs is the map. As what comes
     round meets zeros, its sign does not matter: the torus on which it changes (twisted) contains the map as well.
-    Torus maps are block diagonal in a Fourier basis. If the shorter axis is opened, no torus is needed along it.
+    Torus maps are block diagonal in a Fourier basis. If the shorter axis is opened, no torus is needed along it. The
+    torus of a periodic kernel is its grid, and plain: what comes round is the image.
     """
-    sides = zip(kernel.source[1:], kernel.target[1:], (kernel.reach(0), kernel.reach(1)), strict=True)
-    torus = [max(n - min(low, 0), high + 1, h) for n, h, (low, high) in sides]
+    sides = zip(kernel.source[1:], kernel.target[1:], kernel.reaches(), strict=True)
+    torus = [n if kernel.periodic else max(n - min(low, 0), high + 1, h) for n, h, (low, high) in sides]
     short = 0 if torus[0] <= torus[1] else 1
     side = min(k[0] * k[1 + short] for k in (kernel.source, kernel.target))
     found = math.inf
-    ways = [(open, twisted) for open in (False, True) for twisted in (False, True)]
+    both = (False,) if kernel.periodic else (False, True)
+    ways = [(open, twisted) for open in both for twisted in both]
     said = ("open" in aim.method, "twisted" in aim.method)
     for open, twisted in sorted(ways, key=lambda way: way != said):
         if found <= aim.enough or (open and (torus[short] > OPEN or side > OPEN_SIDE)):

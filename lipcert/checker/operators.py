@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,8 @@ class Operation:
 
     ‖Δresult‖ ≤ Σ factors_i ‖Δinput_i‖, or √Σ(factors_i ‖Δinput_i‖)² if `joint`. `run` takes batches (images, *shape)
     and returns the result and an l2 bound of what rounding adds to it, image by image. `trace` makes the map to the
-    result out of those to the inputs, for an affine operator.
+    result out of those to the inputs, for an affine operator. `place` says what the result is at one position (one
+    index of dimensions 2 and 3): a function of the inputs there ("same"), a "mean" of theirs, or anything ("").
     """
 
     inputs: Sequence[str]
@@ -44,6 +46,7 @@ class Operation:
     run: Callable[..., tuple[Array, Array]]
     trace: Callable[..., Map] | None = None
     joint: bool = False
+    place: str = ""
 
 
 # --------------------------------------------------------------------------------------------- entries that are moved
@@ -85,10 +88,10 @@ def _shuffle(self: Array, upscale_factor: int) -> Array:
     return self.reshape(n, c // r**2, r, r, h, w).transpose(0, 1, 4, 2, 5, 3).reshape(n, c // r**2, h * r, w * r)
 
 
-def _pad(self: Array, pad: list[int]) -> Array:
+def _pad(self: Array, pad: list[int], **mode: Any) -> Array:
     require(len(pad) % 2 == 0 and all(0 <= p < 1 << 14 for p in pad), "pad")
     widths = [(0, 0)] * (self.ndim - len(pad) // 2) + [(pad[i], pad[i + 1]) for i in range(len(pad) - 2, -1, -2)]
-    return np.pad(self, widths, constant_values=-1)
+    return np.pad(self, widths, **mode)
 
 
 MOVES: dict[str, Callable[..., Array]] = {
@@ -116,19 +119,27 @@ def moving(move: Callable[..., Array]) -> Callable[..., Operation]:
             require(all(n is None or (type(n) is int and abs(n) < 1 << 31) for n in numbers), "its numbers")
         at = move(np.arange(math.prod(self.shape)).reshape(self.shape), **options)
         copies = math.sqrt(np.bincount(at[at >= 0]).max(initial=0)) * UP
+        same = len(shape) == len(self.shape) == 4 and list(at.shape[2:]) == list(self.shape[2:])
+        if same:
+            n = math.prod(at.shape[2:])
+            same = bool(((at < 0) | (at % n == np.arange(n).reshape(at.shape[2:]))).all())
 
         def run(array: Array) -> tuple[Array, Array]:
             flat = np.concatenate([array.reshape(len(array), -1), np.zeros((len(array), 1))], 1)
             return flat[:, at], np.zeros(len(array))
 
-        return Operation([self.name], [copies], run, lambda m: m.moved(at))
+        return Operation([self.name], [copies], run, lambda m: m.moved(at), place="same" if same else "")
 
     return operator
 
 
 def padding(shape: Sequence[int], self: Value, pad: list[int], mode: str = "constant", value: Any = None) -> Operation:
-    require(mode == "constant" and value in (None, 0), f"padding with {mode!r}")
-    return moving(_pad)(shape, self=self, pad=pad)
+    """Pad with zeros, or with what is on the other side ("circular", at most once around)."""
+    require(mode in ("constant", "circular") and value in (None, 0), f"padding with {mode!r}")
+    how: dict[str, Any] = {"mode": "wrap"} if mode == "circular" else {"constant_values": -1}
+    once = mode == "constant" or all(p <= self.shape[-1 - i // 2] for i, p in enumerate(pad))
+    require(once, "a pad that is wider than the image")
+    return moving(partial(_pad, **how))(shape, self=self, pad=pad)
 
 
 def concatenation(shape: Sequence[int], tensors: list[Value], dim: int = 0) -> Operation:
@@ -139,7 +150,8 @@ def concatenation(shape: Sequence[int], tensors: list[Value], dim: int = 0) -> O
     def run(*arrays: Array) -> tuple[Array, Array]:
         return np.concatenate(arrays, dim + 1), np.zeros(len(arrays[0]))
 
-    return Operation([x.name for x in tensors], [1.0] * len(tensors), run, lambda *maps: joined(maps, dim), True)
+    names, place = [x.name for x in tensors], "same" if dim == 1 else ""
+    return Operation(names, [1.0] * len(names), run, lambda *maps: joined(maps, dim), True, place)
 
 
 # --------------------------------------------------------------------------------------------------- sums and products
@@ -153,14 +165,15 @@ def _sum(sign: float) -> Callable[..., Operation]:
         require(isinstance(self, Value), "a constant less a value")
         if not isinstance(other, Value):
             constant = sign * _constant(other, self.shape)
-            return Operation([self.name], [1.0], lambda x: _rounded(x + constant, 1), lambda m: m)
+            return Operation([self.name], [1.0], lambda x: _rounded(x + constant, 1), lambda m: m, place="same")
         require(list(self.shape) == list(other.shape), "broadcasting")
 
         def trace(first: Map, second: Map) -> Map:
             kernel = total(first.as_kernel(), replace(second, scale=sign * second.scale).as_kernel())
             return Map.of(kernel, first.source).moved(np.arange(math.prod(shape)).reshape(shape))
 
-        return Operation([self.name, other.name], [1.0, 1.0], lambda x, y: _rounded(x + sign * y, 1), trace)
+        names = [self.name, other.name]
+        return Operation(names, [1.0, 1.0], lambda x, y: _rounded(x + sign * y, 1), trace, place="same")
 
     return operator
 
@@ -183,7 +196,7 @@ def _product(inverse: bool) -> Callable[..., Operation]:
             return replace(m, scale=m.scale * factors)
 
         largest = float(np.abs(factors).max()) * UP
-        return Operation([x.name], [largest], lambda array: _rounded(array * factors, 2), trace)
+        return Operation([x.name], [largest], lambda array: _rounded(array * factors, 2), trace, place="same")
 
     return operator
 
@@ -207,9 +220,8 @@ def _constant(constant: Any, shape: Sequence[int]) -> Array:
 def apply(kernel: Kernel, grids: Array) -> Array:  # (n, c_in, h_in, w_in) -> (n, c_out, h_out, w_out)
     """Return the map of a batch, added in blocks of channels: fewer roundings than one after the other."""
     (n, c, *_), (_, h, w) = grids.shape, kernel.target
-    reaches = zip((kernel.reach(0), kernel.reach(1)), kernel.source[1:], strict=True)
-    pads = [(max(0, -low), max(0, high - side + 1)) for (low, high), side in reaches]
-    grids = np.pad(grids, ((0, 0), (0, 0), *pads))
+    pads = [(max(0, -a), max(0, b - n + 1)) for (a, b), n in zip(kernel.reaches(), kernel.source[1:], strict=True)]
+    grids = np.pad(grids, ((0, 0), (0, 0), *pads), mode="wrap" if kernel.periodic else "constant")
     (s0, s1), (top, left) = kernel.stride, (pads[0][0], pads[1][0])
     result = np.zeros((n, kernel.target[0], h * w))
     for (y, x), tap in kernel.taps.items():
@@ -252,12 +264,22 @@ def _through(
         try:
             made = Map.of(compose(kernel, m.as_kernel()), m.source)
         except Rejected:
-            if m.kernel is not None:
+            if m.kernel is not None and not kernel.alone:
                 raise
-            made = Map.of(kernel, m.source, norm(m))
+            made = Map.of(kernel, m.source, norm(m)) if m.kernel is None else _before_moves(kernel, m)
         return made.moved(leave)
 
-    return Operation([x.name], [(size + kernel.error) * UP], run, trace)
+    place = "same" if kernel.alone and not rows else ""
+    return Operation([x.name], [(size + kernel.error) * UP], run, trace, place=place)
+
+
+def _before_moves(kernel: Kernel, m: Map) -> Map:
+    """Return kernel ∘ m where m moves whole positions: a matrix at each position alone may as well act before."""
+    before, place = m.at_positions()
+    c, (height, width) = kernel.target[0], before.where.shape[2:]
+    first = replace(kernel, source=(kernel.source[0], height, width), target=(c, height, width))
+    at = np.arange(c)[:, None] * (height * width) + place
+    return Map.of(compose(first, before.as_kernel()), m.source).moved(at.reshape(1, *kernel.target))
 
 
 def _pair(sizes: Any, default: Pair) -> Pair:
@@ -347,7 +369,7 @@ def maxmin(shape: Sequence[int], a: Value, b: Value, dim: int, flipped: bool, st
         pair = [np.maximum(x, y), np.minimum(x, y)]
         return np.concatenate(pair[::-1] if flipped else pair, dim + 1), np.zeros(len(x))
 
-    return Operation([a.name, b.name], [1.0, 1.0], run, joint=True)
+    return Operation([a.name, b.name], [1.0, 1.0], run, joint=True, place="same" if dim == 1 else "")
 
 
 OPERATORS: dict[str, Callable[..., Operation]] = {

@@ -13,8 +13,9 @@ from .attention import ATTENTION
 from .maps import Map, identity
 from .operators import OPERATORS, Operation, Value
 from .reading import ENTRIES, Array, Rejected, only, require, take
+from .resampling import RESAMPLING
 
-KNOWN = OPERATORS | ATTENTION
+KNOWN = OPERATORS | RESAMPLING | ATTENTION
 SCHEMA = 1
 
 

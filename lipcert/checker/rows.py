@@ -81,11 +81,12 @@ class Scenes:
     hashes: Sequence[tuple[str, str]]  # of each image and of its labels
     apart: Array  # (k, k), the distances of the classes' rows, which multiply the channels of a head
     lipschitz: float  # own bound of that head
+    position: float  # own bound of its channels at any one position
 
     @classmethod
     def read(
         cls, path: Path, radii: Sequence[float], hashes: Sequence[tuple[str, str]], shape: Sequence[int], apart: Array,
-        lipschitz: float,
+        lipschitz: float, position: float,
     ) -> Scenes:  # fmt: skip
         """Read scenes.tsv and check what can be checked without images; `shape` is that of the logits."""
         require(len(shape) == 4, "the output is not a map of logits")
@@ -97,7 +98,7 @@ class Scenes:
             ordered = 0 <= row.certified_alone <= row.correct <= row.valid <= row.pixels == pixels
             ordered &= 0 <= row.stable <= pixels and 0 <= row.certified <= row.correct
             require(ordered, f"row {i}: its counts contradict each other or the {pixels} pixels")
-        return cls(rows, hashes, apart, lipschitz)
+        return cls(rows, hashes, apart, lipschitz, position)
 
     def sha256(self, i: int) -> str:
         return self.hashes[i][0]
@@ -107,7 +108,8 @@ class Scenes:
 
         Pixel i, of class a, becomes b only if what the logits are made of moves there by (z_a - z_b - E_ab) / N_ab; d_i
         is the least of these. All of it together moves by L eps, and pixels are disjoint parts of it: the pixels that
-        change satisfy Σ d_i² ≤ (L eps)², whichever they are, so no more change than there are of the cheapest ones.
+        change satisfy Σ d_i² ≤ (L eps)², whichever they are, so no more change than there are of the cheapest ones. By
+        itself each moves by l eps, l the constant of a position: those with d_i > l eps do not change.
         """
         if labels is None:
             raise Rejected("the labels of the positions of each image are needed as well")
@@ -128,15 +130,16 @@ class Scenes:
         for row in self.rows[i * radii : (i + 1) * radii]:
             where, claimed = f"row of image {row.idx} at {row.eps}", (row.valid, row.correct)
             require(claimed == counts, f"{where}: valid and correct are {claimed}, not {counts}")
-            budget = self.lipschitz * row.eps * UP
-            most = {"stable": _kept(least, budget), "certified": _kept(least[right], budget)}
-            most["certified_alone"] = int(np.count_nonzero(least[right] > budget))
+            budget, reach = self.lipschitz * row.eps * UP, self.position * row.eps * UP
+            most = {"stable": _kept(least, budget, reach), "certified": _kept(least[right], budget, reach)}
+            most["certified_alone"] = int(np.count_nonzero(least[right] > reach))
             for name, proved in most.items():
                 claim = getattr(row, name)
                 require(claim <= proved, f"{where}: {name} {claim} is above {proved}, which is what can be proved")
 
 
-def _kept(distances: Array, budget: float) -> int:
-    """Return how many pixels stay even if the cheapest ones change, as many as the budget pays for."""
-    costs = np.cumsum(np.square(np.sort(distances))) * (1 - gamma(2 * len(distances) + 8)) - 1e-290
+def _kept(distances: Array, budget: float, reach: float) -> int:
+    """Return how many pixels stay even if the cheapest ones within reach change, as many as the budget pays for."""
+    near = np.sort(distances[distances <= reach])
+    costs = np.cumsum(np.square(near)) * (1 - gamma(2 * len(near) + 8)) - 1e-290
     return len(distances) - int(np.count_nonzero(costs <= budget**2 * UP))

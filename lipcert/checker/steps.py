@@ -121,6 +121,26 @@ def _branches(
     return (largest if starts == 1.0 else largest * starts * UP), proved
 
 
+def positions(program: Program, steps: Sequence[Step], bounds: Mapping[str, float]) -> dict[str, float]:
+    """Return own bounds of what a value is at any one position, as a function of the image.
+
+    They are at most those of the whole value. If all operators of a step act at each position alone, the value changes
+    there as if its sources had changed at this position only, so the factors, which hold for all changes, hold for
+    these. A mean changes by at most the largest change of what it is the mean of.
+    """
+    found = {program.input: 1.0}
+    for step in steps:
+        places = {program.operation(name).place for name in step.nodes}
+        whole = found[step.value] = bounds[step.value]
+        before = [found[source] for source in step.sources]
+        if places == {"same"} and not step.branches:
+            parts = [factor * bound for factor, bound in zip(step.factors, before, strict=True)]
+            found[step.value] = min(whole, (math.hypot(*parts) if step.joint else sum(parts)) * UP)
+        elif places == {"mean"}:
+            found[step.value] = min(whole, sum(before))
+    return found
+
+
 def pairwise(program: Program, bounds: Mapping[str, float], heads: Sequence[str]) -> tuple[Array, dict[str, Array]]:
     """Return own bounds L (k, k) of z_i - z_j, and for each head the distances ‖w_i - w_j‖ (k, k).
 
