@@ -22,8 +22,12 @@ from safetensors.numpy import load, save
 Rng = np.random.Generator
 KINDS: dict[str, Callable[[Files, Rng], str]] = {}
 OF: dict[str, tuple[str, ...]] = {}  # the certificates that a kind applies to
-IMAGES, MASKS, ATTENTION = "images", "masks", "attention"
+IMAGES, MASKS, ATTENTION, ENLARGED, TORUS, POOLED = "images", "masks", "attention", "enlarged", "torus", "pooled"
 ATTENDS = "aten.scaled_dot_product_attention.default"
+TRAITS = {
+    ATTENDS: ATTENTION, "aten.upsample_bilinear2d.vec": ENLARGED, "aten.pad.default": TORUS,
+    "aten.linalg_vector_norm.default": POOLED,
+}  # fmt: skip
 # what must be said where the proof or the rows are about another network
 LOGITS = "factor|margin|radius|prediction|valid and correct|can be proved"
 
@@ -104,8 +108,8 @@ def of(*traits: str) -> Callable[[Callable[[Files, Rng], str]], Callable[[Files,
 
 def kinds(files: Files) -> dict[str, Callable[[Files, Rng], str]]:
     """Return the kinds that apply to a certificate: of images or of masks, and those of the operators that it has."""
-    attends = any(node["op"] == ATTENDS for node in files.nodes)
-    traits = {IMAGES if files.labels is None else MASKS, *([ATTENTION] if attends else [])}
+    ops = {node["op"] for node in files.nodes if node["arguments"].get("mode") != "constant"}
+    traits = {IMAGES if files.labels is None else MASKS, *(trait for op, trait in TRAITS.items() if op in ops)}
     return {kind: change for kind, change in KINDS.items() if traits & {*OF[kind]}}
 
 
@@ -906,6 +910,139 @@ def share_of_attention_raised(files: Files, rng: Rng) -> str:
     node = pick(rng, [n for n in files.nodes if n["op"] == "aten.mul.Tensor" and "tensor" in str(n["arguments"])])
     name = next(a["tensor"] for a in node["arguments"].values() if "tensor" in a)
     files.tensors[name] = np.asarray(files.tensors[name] * (1 + 1e-6))
+    return "the factor"
+
+
+# enlarged maps
+
+
+def _enlarges(files: Files, rng: Rng) -> dict[str, Any]:
+    return files.node(rng, "aten.upsample_bilinear2d.vec")
+
+
+@of(ENLARGED)
+def enlarged_by_copies(files: Files, rng: Rng) -> str:
+    _enlarges(files, rng)["op"] = "aten.upsample_nearest2d.vec"
+    return "cannot be rechecked"
+
+
+@of(ENLARGED)
+def corners_aligned(files: Files, rng: Rng) -> str:
+    _enlarges(files, rng)["arguments"]["align_corners"] = True
+    return "cannot be rechecked"
+
+
+@of(ENLARGED)
+def enlarged_by_factors(files: Files, rng: Rng) -> str:
+    _enlarges(files, rng)["arguments"]["scale_factors"] = [1.9, 1.9]
+    return "cannot be rechecked"
+
+
+@of(ENLARGED)
+def enlarged_to_another_size(files: Files, rng: Rng) -> str:
+    arguments = _enlarges(files, rng)["arguments"]
+    arguments["output_size"] = pick(rng, [arguments["output_size"][::-1], [1, 1], [2], None, [1 << 40] * 2])
+    return "cannot be rechecked"
+
+
+@of(ENLARGED)
+def enlargement_lowered(files: Files, rng: Rng) -> str:
+    _lower(pick(rng, [step for step in files.steps if step["rule"] == "upsample_bilinear2d"]))
+    recompose(files)
+    return "the factor"
+
+
+@of(ENLARGED)
+def enlargement_not_paid(files: Files, rng: Rng) -> str:
+    """Enlarged maps are no longer divided by what enlarging costs."""
+    names = {node["name"] for node in files.nodes if node["op"] == "aten.upsample_bilinear2d.vec"}
+    quotients = [node for node in files.nodes if node["op"] == "aten.div.Tensor"]
+    node = pick(rng, [node for node in quotients if node["arguments"]["self"]["value"] in names])
+    node["arguments"]["other"] /= 2
+    return "the factor"
+
+
+@of(ENLARGED)
+def positions_mixed(files: Files, rng: Rng) -> str:
+    """A map of all positions stands before the head, where each was said to move by itself: it moves others in."""
+    names = [node["name"] for node in files.nodes]
+    head = files.record["proof"]["heads"][0]
+    last = next(i for i, name in enumerate(names) if name == head)
+    shape = files.nodes[last]["shape"]
+    files.nodes.insert(
+        last + 1,
+        {
+            "name": "mixed", "op": "aten.roll.default", "shape": shape,
+            "arguments": {"self": {"value": head}, "shifts": [1], "dims": [3]},
+        },
+    )  # fmt: skip
+    step = {"value": "mixed", "rule": "affine", "sources": [head], "factors": [1.0], "joint": False, "method": ""}
+    at = next(i for i, step in enumerate(files.steps) if step["value"] == head)
+    files.steps.insert(at + 1, step | {"bound": files.steps[at]["bound"]})
+    files.nodes[-1]["arguments"]["input"] = {"value": "mixed"}
+    for later in files.steps[at + 2 :]:
+        later["sources"] = ["mixed" if source == head else source for source in later["sources"]]
+    files.record["proof"]["heads"] = ["mixed"]
+    return "valid and correct|which is what can be proved"
+
+
+# circular padding
+
+
+@of(TORUS)
+def padded_with_zeros(files: Files, rng: Rng) -> str:
+    _wraps(files, rng)["mode"] = "constant"
+    return LOGITS + "|cannot be rechecked"  # behind a roll, it is no longer one map
+
+
+@of(TORUS)
+def padded_on_one_side(files: Files, rng: Rng) -> str:
+    """It turns the torus: as steep, and another network."""
+    arguments = _wraps(files, rng)
+    left, right, top, bottom = arguments["pad"]
+    arguments["pad"] = pick(rng, [[left + right, 0, top, bottom], [left, right, 0, top + bottom]])
+    return LOGITS
+
+
+@of(TORUS)
+def padded_by_another_rule(files: Files, rng: Rng) -> str:
+    arguments = _wraps(files, rng)
+    arguments.update(pick(rng, [{"mode": "reflect"}, {"mode": "replicate"}, {"mode": None}, {"value": 1.0}]))
+    return "cannot be rechecked"
+
+
+@of(TORUS)
+def padded_beyond_the_image(files: Files, rng: Rng) -> str:
+    _wraps(files, rng)["pad"][int(rng.integers(4))] += pick(rng, [1, 100, -2])
+    return "cannot be rechecked"
+
+
+def _wraps(files: Files, rng: Rng) -> dict[str, Any]:
+    nodes = [node for node in files.nodes if node["arguments"].get("mode") == "circular"]
+    return pick(rng, nodes)["arguments"]
+
+
+# pooling by norms
+
+
+@of(POOLED)
+def pooled_by_another_norm(files: Files, rng: Rng) -> str:
+    arguments = files.node(rng, "aten.linalg_vector_norm.default")["arguments"]
+    arguments.update(pick(rng, [{"ord": 1}, {"ord": 4}, {"ord": {"number": "inf"}}, {"dtype": "torch.float16"}]))
+    return "cannot be rechecked"
+
+
+@of(POOLED)
+def pooled_along_others(files: Files, rng: Rng) -> str:
+    arguments = files.node(rng, "aten.linalg_vector_norm.default")["arguments"]
+    arguments["dim"] = pick(rng, [[3], [3, 3], [2, 4], [0, 5], []])
+    return "cannot be rechecked"
+
+
+@of(POOLED)
+def pooling_lowered(files: Files, rng: Rng) -> str:
+    next(step for step in files.steps if step["rule"] == "linalg_vector_norm")["factors"] = [1 - 1e-9]
+    recompose(files)
     return "the factor"
 
 

@@ -28,8 +28,11 @@ def residual(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
-    """With attention, and of masks."""
+    """With attention, of masks, and with what few networks have."""
     return {
+        "enlarged": certify_masks(tmp_path_factory.mktemp("enlarged"), decoder="mlp"),
+        "torus": small(tmp_path_factory.mktemp("torus"), circular=True),
+        "pooled": small(tmp_path_factory.mktemp("pooled"), neck=0),
         "attention": lipsformer(tmp_path_factory.mktemp("attention")),
         "masks": certify_masks(tmp_path_factory.mktemp("masks")),
     }
@@ -59,6 +62,18 @@ def test_a_change_is_rejected_for_its_reason(kind: str, written: Files, tmp_path
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "images" not in OF[kind]])  # all: benchmarks/mutations.py
 def test_a_change_of_others_is_rejected(kind: str, others: dict[str, Files], tmp_path: Path) -> None:
     assert_rejected(kind, 0, others[OF[kind][0]], tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["stable_raised", "certified_raised", "certified_alone_raised", "all_eps_raised"])
+def test_counts_of_enlarged_maps_are_rejected(kind: str, others: dict[str, Files], tmp_path: Path) -> None:
+    for seed in range(3):
+        assert_rejected(kind, seed, others["enlarged"], tmp_path)
+
+
+def test_others_are_accepted(others: dict[str, Files], tmp_path: Path) -> None:
+    for files in others.values():
+        report = verdict(files.copy(), tmp_path)
+        assert report.accepted and report.images == len(files.images), report.reason
 
 
 def assert_rejected(kind: str, seed: int, original: Files, folder: Path) -> None:
