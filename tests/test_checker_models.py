@@ -45,7 +45,7 @@ LIPSFORMER: list[dict[str, Any]] = [
     {"attention": (0,), "channel_mix": (1,), "kernel_size": 1},
     {"depths": (1, 1), "attention": (1, 1), "channel_mix": (0, 1), "num_heads": (1, 2), "divisor": 5},
     {"tau": 4.0, "eps": 0.01, "start": 0.3, "window_size": 1, "patch_size": 1} | ONE,
-    {"img_size": 12, "window_size": 3, "embed_dim": 16} | ONE,
+    {"img_size": 12, "window_size": 3, "embed_dim": 16, "residual": "convex"} | ONE,
 ]
 TWO: dict[str, Any] = {"depths": (1, 1)}
 MASKS: list[dict[str, Any]] = [
