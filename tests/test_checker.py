@@ -35,7 +35,7 @@ from lipcert.checker.norms import Aim, kernel_norm, norm, proved_norm, symbols
 from lipcert.checker.operators import apply
 from lipcert.checker.program import Program
 from lipcert.checker.reading import read_json, read_tensors
-from lipcert.checker.steps import positions, prove
+from lipcert.checker.steps import pairwise, position, positions, prove
 from lipcert.layers import MaxMin
 
 ROOT = Path(__file__).parents[1]
@@ -575,8 +575,38 @@ def test_one_position_of_an_enlarged_map(tmp_path: Path) -> None:
     look = partial(check, tmp_path / "certificate.json", images=files.images, labels=files.labels)
     assert look().accepted
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(certificate, "positions", lambda program, steps, bounds: bounds)
+        patch.setattr(certificate, "position", lambda program, steps, bounds, head: bounds[head])
         assert "certified_alone" in look().reason
+
+
+def test_logits_that_read_several_positions_of_an_enlarged_map() -> None:
+    """They are a matrix times the head, and move by more than one position of it does."""
+    shape, size = (1, 2, 2, 2), {"output_size": [4, 4], "align_corners": False, "scale_factors": None}
+    w = np.stack([np.ones((2, 2, 2)), -np.ones((2, 2, 2))])
+    step = {"rule": "affine", "joint": False, "method": "", "factors": [1e3]}
+    steps = [step | {"value": "1", "rule": "upsample_bilinear2d", "sources": ["0"], "bound": 1e3},
+             step | {"value": "2", "sources": ["1"], "bound": 1e6}]  # fmt: skip
+    for stride, several in ((2, True), (1, False)):
+        weight = w if several else w[:, :, :1, :1]
+        side = 4 // stride
+        nodes = [
+            ("aten.upsample_bilinear2d.vec", {"input": X, **size}, (1, 2, 4, 4)),
+            ("aten.conv2d.default", {"input": {"value": "1"}, "weight": {"tensor": "w"}, "stride": [stride] * 2},
+             (1, 2, side, side)),
+        ]  # fmt: skip
+        made = program(shape, *nodes, w=weight)
+        proved, bounds = prove(made, steps, "0")
+        apart = pairwise(made, bounds, ["1"])[1]["1"][0, 1]
+        found = position(made, proved, bounds, "1")
+
+        def function(x: torch.Tensor, weight: Any = weight, stride: int = stride) -> torch.Tensor:
+            z = F.conv2d(F.interpolate(x, size=(4, 4), mode="bilinear"), torch.from_numpy(weight), stride=stride)
+            return z[:, 0] - z[:, 1]
+
+        exact = np.linalg.norm(dense(function, shape[1:]), axis=1).max()
+        assert exact <= found * apart
+        assert found == pytest.approx(2.0 if several else 1.0)
+        assert not several or exact > positions(made, proved, bounds)["1"] * apart * 1.5
 
 
 def branching(a: Any, b: Any) -> Any:

@@ -16,7 +16,7 @@ from .program import Program
 from .reading import Array, Rejected, number_of, only, read_json, read_tensors, require, sha256_of, take
 from .rounding import UP
 from .rows import Rows, Scenes
-from .steps import Step, pairwise, positions, prove
+from .steps import Step, pairwise, position, prove
 
 PROGRAM, ROWS, SCENES = "program.safetensors", "certificates.tsv", "scenes.tsv"
 
@@ -153,7 +153,7 @@ def _rows(folder: Path, facts: Facts, proof: Proof) -> Rows | Scenes:
     head = proof.heads[0] if proof.heads else proof.program.output
     apart = proof.distances.get(head, np.full(proof.lipschitz.shape, math.sqrt(2) * UP))
     logits = proof.program.shape(proof.program.output)
-    alone = positions(proof.program, proof.steps, proof.bounds)[head]
+    alone = position(proof.program, proof.steps, proof.bounds, head)
     return Scenes.read(folder / SCENES, facts.radii, facts.scenes, logits, apart, proof.bounds[head], alone)
 
 

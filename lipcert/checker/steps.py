@@ -141,6 +141,15 @@ def positions(program: Program, steps: Sequence[Step], bounds: Mapping[str, floa
     return found
 
 
+def position(program: Program, steps: Sequence[Step], bounds: Mapping[str, float], head: str) -> float:
+    """Return an own bound of what the logits of any one position read of a value, as a function of the image.
+
+    It is that of one position of the value only if no logits read several of them.
+    """
+    places = {program.operation(name).place for name in program.between([program.output], head)}
+    return positions(program, steps, bounds)[head] if places <= {"same"} else bounds[head]
+
+
 def pairwise(program: Program, bounds: Mapping[str, float], heads: Sequence[str]) -> tuple[Array, dict[str, Array]]:
     """Return own bounds L (k, k) of z_i - z_j, and for each head the distances ‖w_i - w_j‖ (k, k).
 
