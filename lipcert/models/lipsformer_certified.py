@@ -6,12 +6,13 @@ use:
 - values are normalised, ε is 1, projections have norm at most 1 by construction, and ν is chosen so that the attention
   of a window has then the constant 1 (with biases of positions that differ by D, a little more), by the bound of
   `lipcert.bounds.attention`, which grows as √N where the paper's grows as N²;
-- an attention branch joins its input as a mean, `(1 - a) x + a f(x)` with a learned in (0, 1), no steeper than the
-  steeper of both (`residual="convex"`), or as published, `x + a f(x)` (`residual="weighted"`);
+- an attention branch joins its input as published, `x + a f(x)` with a learned and small at the start, which costs
+  1 + |a| (`residual="weighted"`), or as a mean, `(1 - a) x + a f(x)` with a in (0, 1), no steeper than the steeper of
+  both (`residual="convex"`): the mean shrinks all that passes by, and certifies less;
 - positions are mixed by LipShiFT's linear blocks, `MaxMin(x + s K center(shift(x)))`, and channels by the same with a
   pointwise K, in place of 7 x 7 depthwise branches and the GELU MLP: one operator each, near the identity;
-- one block attends, the last: joined as a mean, every further one costs certified accuracy, and none brought any over
-  the network without (`benchmarks/ablation.py --model lipsformer`). `attention=(0, 2)` are two, of the second stage.
+- one block attends, the last: further ones cost time, and none brought certified accuracy over the network without
+  (`benchmarks/ablation.py --model lipsformer`). `attention=(0, 2)` are two, of the second stage.
   Windows shift on a torus, by an isometry, without mask;
 - patches merge by orthogonal convolutions, and LipShiFT's dense layer and normalised head end the network.
 """
@@ -122,7 +123,7 @@ def lipsformer_certified(
     *, num_classes: int, img_size: int, in_chans: int, embed_dim: int, depths: Sequence[int],
     attention: Sequence[int] | None = None, channel_mix: Sequence[int] | None = None,
     num_heads: Sequence[int] | int = 4, window_size: int = 4,
-    patch_size: int | None = None, tau: float = 1.0, eps: float = 1.0, residual: str = "convex", start: float = 0.05,
+    patch_size: int | None = None, tau: float = 1.0, eps: float = 1.0, residual: str = "weighted", start: float = 0.05,
     orthogonal: bool = True,
     kernel_size: int = 3, scale: float = 0.2, divisor: int = 12, neck: int = 512,
 ) -> PartNetwork:  # fmt: skip

@@ -273,8 +273,9 @@ def test_unit_nu_gives_the_attention_the_constant_one(shape: tuple[int, int]) ->
 @pytest.mark.parametrize(
     "options",
     [dict(depths=[2]), dict(depths=[2], attention=[True], residual="weighted", eps=0.3, orthogonal=False, start=0.2),
-     dict(depths=[1, 2], attention=[False, True]), dict(depths=[1, 2], attention=[0, 1], channel_mix=[1, 0]),
-     dict(depths=[1, 1], attention=[1, 1], num_heads=[2, 3], tau=3.0, window_size=2, start=0.2),
+     dict(depths=[1, 2], attention=[False, True], residual="convex"),
+     dict(depths=[1, 2], attention=[0, 1], channel_mix=[1, 0]),
+     dict(depths=[1, 1], attention=[1, 1], num_heads=[2, 3], tau=3.0, window_size=2, start=0.2, residual="convex"),
      dict(depths=[2], attention=[False])],
 )  # fmt: skip
 def test_estimate_proof_and_attack_agree(options: dict) -> None:
