@@ -16,6 +16,7 @@ import sys
 import tempfile
 import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +42,14 @@ def given(folder: Path, limit: int) -> Files:
     return files
 
 
-MODELS = {"lipshift": issuing.small, "lipsformer": issuing.lipsformer, "lipsegformer": issuing.certify_masks}
-NAMES = {"lipshift": "LipShiFT", "lipsformer": "LipsFormer", "lipsegformer": "Lip-SegFormer"}
+MODELS = {
+    "lipshift": ("LipShiFT", issuing.small),
+    "lipshift-circular": ("LipShiFT, circular convolutions", partial(issuing.small, circular=True)),
+    "lipshift-pooled": ("LipShiFT, l2 pooling", partial(issuing.small, neck=0)),
+    "lipsformer": ("LipsFormer", issuing.lipsformer),
+    "lipsegformer": ("Lip-SegFormer", issuing.certify_masks),
+    "lipsegformer-mlp": ("Lip-SegFormer, mlp decoder", partial(issuing.certify_masks, decoder="mlp", depths=(2, 1, 1))),
+}
 
 
 def main() -> int:
@@ -54,9 +61,9 @@ def main() -> int:
     options = parser.parse_args()
     counts: Counter[tuple[str, str, str]] = Counter()
     wrong = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        made = MODELS[options.model]
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        name, made = MODELS[options.model]
         original = made(folder) if options.certificate is None else given(options.certificate, 6)
         for kind, change in kinds(original).items():
             for seed in range(options.seeds):
@@ -71,7 +78,7 @@ def main() -> int:
                     wrong.append(f"{kind} {seed}: {report.reason or 'accepted'}")
     false = sum(n for key, n in counts.items() if key[0] == "false")
     true = sum(n for key, n in counts.items() if key[0] == "still true")
-    what = f"untrained {NAMES[options.model]}" if options.certificate is None else options.certificate.name
+    what = f"untrained {name}" if options.certificate is None else options.certificate.name
     row = (
         f"{what} | {false} | {counts['false', 'rejected', 'right'] + counts['false', 'rejected', 'other']} | "
         f"{counts['false', 'rejected', 'right']} | {true} | {counts['still true', 'accepted', 'right']}"

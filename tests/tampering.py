@@ -22,7 +22,8 @@ from safetensors.numpy import load, save
 Rng = np.random.Generator
 KINDS: dict[str, Callable[[Files, Rng], str]] = {}
 OF: dict[str, tuple[str, ...]] = {}  # the certificates that a kind applies to
-IMAGES, MASKS, ATTENTION, ENLARGED, TORUS, POOLED = "images", "masks", "attention", "enlarged", "torus", "pooled"
+IMAGES, MASKS, ATTENTION, BRANCHES = "images", "masks", "attention", "branches"
+ENLARGED, TORUS, POOLED = "enlarged", "torus", "pooled"
 ATTENDS = "aten.scaled_dot_product_attention.default"
 TRAITS = {
     ATTENDS: ATTENTION, "aten.upsample_bilinear2d.vec": ENLARGED, "aten.pad.default": TORUS,
@@ -110,6 +111,7 @@ def kinds(files: Files) -> dict[str, Callable[[Files, Rng], str]]:
     """Return the kinds that apply to a certificate: of images or of masks, and those of the operators that it has."""
     ops = {node["op"] for node in files.nodes if node["arguments"].get("mode") != "constant"}
     traits = {IMAGES if files.labels is None else MASKS, *(trait for op, trait in TRAITS.items() if op in ops)}
+    traits |= {BRANCHES for step in files.steps if "branches" in step}
     return {kind: change for kind, change in KINDS.items() if traits & {*OF[kind]}}
 
 
@@ -779,26 +781,26 @@ def _branching(files: Files, rng: Rng) -> dict[str, Any]:
     return pick(rng, [step for step in files.steps if "branches" in step])
 
 
-@of(MASKS)
+@of(BRANCHES)
 def branches_missing(files: Files, rng: Rng) -> str:
     del _branching(files, rng)["branches"]
     return "not an affine function"
 
 
-@of(MASKS)
+@of(BRANCHES)
 def branch_missing(files: Files, rng: Rng) -> str:
     step = _branching(files, rng)
     step["branches"].pop(int(rng.integers(len(step["branches"]))))
     return "one branch for each part"
 
 
-@of(MASKS)
+@of(BRANCHES)
 def branches_swapped(files: Files, rng: Rng) -> str:
     _branching(files, rng)["branches"].reverse()
     return "no step bounds"
 
 
-@of(MASKS)
+@of(BRANCHES)
 def branch_starts_at_the_source(files: Files, rng: Rng) -> str:
     """Then the parts are no functions of different pieces."""
     step = _branching(files, rng)
@@ -811,21 +813,21 @@ def branch_starts_at_the_source(files: Files, rng: Rng) -> str:
     return "the factor"
 
 
-@of(MASKS)
+@of(BRANCHES)
 def branch_step_dropped(files: Files, rng: Rng) -> str:
     steps = next(b["steps"] for b in _branching(files, rng)["branches"] if b["steps"])
     steps.pop(int(rng.integers(len(steps))))
     return "no step bounds|is not the input or the value"
 
 
-@of(MASKS)
+@of(BRANCHES)
 def branch_factor_lowered(files: Files, rng: Rng) -> str:
     steps = next(b["steps"] for b in _branching(files, rng)["branches"] if b["steps"])
     _lower(pick(rng, steps))
     return "the factor"
 
 
-@of(MASKS)
+@of(BRANCHES)
 def step_with_branches_lowered(files: Files, rng: Rng) -> str:
     """The step alone claims less than its branches prove."""
     step = _branching(files, rng)

@@ -29,12 +29,14 @@ def residual(tmp_path_factory: pytest.TempPathFactory) -> Files:
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Files]:
     """With attention, of masks, and with what few networks have."""
+    masks = certify_masks(tmp_path_factory.mktemp("masks"))
     return {
         "enlarged": certify_masks(tmp_path_factory.mktemp("enlarged"), decoder="mlp"),
         "torus": small(tmp_path_factory.mktemp("torus"), circular=True),
         "pooled": small(tmp_path_factory.mktemp("pooled"), neck=0),
         "attention": lipsformer(tmp_path_factory.mktemp("attention")),
-        "masks": certify_masks(tmp_path_factory.mktemp("masks")),
+        "masks": masks,
+        "branches": masks,
     }
 
 
