@@ -47,8 +47,8 @@ _TO = [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 
 
 
 def _square(matrix: Sequence[Sequence[int]]) -> Tensor:
-    """Return M ⊗ M, exactly."""
-    made = torch.tensor(matrix, dtype=torch.float64)
+    """Return M ⊗ M, exactly; in memory, also where this file is first read while a network is built without."""
+    made = torch.tensor(matrix, dtype=torch.float64, device="cpu")
     return torch.kron(made, made)
 
 

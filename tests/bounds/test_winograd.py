@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+
 import numpy as np
 import pytest
 import torch
@@ -114,6 +116,12 @@ def test_where_tiles_do_not_apply(options, out) -> None:
     weight = torch.zeros(32, 32, 3, 3)
     assert winograd.applies(weight, (8, 8), **usual) and not winograd.applies(weight, out, **{**usual, **options})
     assert not winograd.applies(weight[:8], (8, 8), **usual) and not winograd.applies(weight[..., :2], (8, 8), **usual)
+
+
+def test_matrices_have_memory_wherever_they_are_made() -> None:
+    with torch.device("meta"):
+        made = runpy.run_path(winograd.__file__)
+    assert torch.equal(made["BEFORE"], winograd.BEFORE)
 
 
 def test_matrices_are_those_of_a_convolution() -> None:
