@@ -36,7 +36,7 @@ from lipcert.bounds.rounding import enlarge, mul_up
 
 TILE, WINDOW = 4, 6
 LEAST = 16  # channels on either side from which it is faster
-CACHED = 2**21  # bytes of windows that are transformed at once: more are slower
+CACHED = 2**20  # bytes of windows that are transformed at once: more are slower
 LOST = 2.0**-900  # times the size: far more than a hundred times 2^-1022 in each of 2^40 entries
 AMPLIFIED = 361
 
