@@ -94,7 +94,7 @@ def rounding(weight: Tensor) -> tuple[int, float]:
     absolute = weight.abs().flatten(2)
     majorant = KERNEL.abs().to(weight)
     rows, columns = (majorant @ absolute.sum(axis).T for axis in (1, 0))  # (36, c_out) and (36, c_in)
-    norms = (rows.max(1).values * columns.max(1).values).sqrt().cpu()
+    norms = (rows.max(1).values.sqrt() * columns.max(1).values.sqrt()).cpu()  # their product might underflow
     weights = torch.linalg.vector_norm(AFTER, dim=0) * torch.linalg.vector_norm(BEFORE, dim=1)
     size = enlarge(float((weights * norms).sum()), weight.shape[0] + weight.shape[1] + 128)
     return weight.shape[1] + 51, mul_up(2.0, size / 576, 1.0 + 2.0**-50)

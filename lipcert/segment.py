@@ -53,7 +53,8 @@ class Clearances:
 
     predict: NDArray[np.int64]  # (p,), -1 where a logit is not a number
     leave: Floats  # (p,) before the class can change
-    into: Callable[[], Floats]
+    classes: int
+    into: Callable[[], Floats]  # makes `enter`
 
     @cached_property
     def enter(self) -> Floats:
@@ -144,7 +145,7 @@ def clearances(
             enter[number, others] = _enter(z[:, others], number, error, norms, None if pairs is not None else within)
         return enter
 
-    return Clearances(predict, leave, into)
+    return Clearances(predict, leave, len(z), into)
 
 
 def radii(distance: Floats, pixel: float, *, largest: float = math.inf) -> Floats:
@@ -372,9 +373,9 @@ def _labels(found: Clearances, labels: ArrayLike) -> NDArray[np.int64]:
     label = np.asarray(labels).astype(np.int64).ravel()
     if label.shape != found.predict.shape:
         raise InputError(f"there are {len(found.predict)} pixels with logits and {len(label)} labels; they must match")
-    strange = label[(label != IGNORE) & ((label < 0) | (label >= len(found.enter)))]
+    strange = label[(label != IGNORE) & ((label < 0) | (label >= found.classes))]
     if len(strange):
-        raise InputError(f"there is a label {strange[0]}, but the network has {len(found.enter)} classes")
+        raise InputError(f"there is a label {strange[0]}, but the network has {found.classes} classes")
     return label
 
 

@@ -330,3 +330,10 @@ def test_an_audit_brings_both_constants() -> None:
         certify_segmentation(found, [(images * 2, labels)], eps)
     with pytest.raises(InputError, match="no eps to certify"):
         certify_segmentation(found, [(images, labels)], [])
+
+
+def test_counts_do_not_pay_for_what_only_intersections_need() -> None:
+    found = clearances([[3.0, 0.0], [1.0, 0.5], [0.0, 0.5]])
+    count(found, [0, 1], 0.1, 1.0)
+    assert "enter" not in vars(found)
+    assert frontiers(found, [0, 1], 0.1, 1.0) and "enter" in vars(found)

@@ -211,11 +211,11 @@ def _rounding(node: Node, context: Context, weight: Tensor, length: int, size: f
 def _tiled(rounding: Rounding, weight: Tensor) -> Rounding:
     """Return the rounding of a convolution that `Program` may evaluate by `lipcert.bounds.winograd`."""
     count, size = winograd.rounding(weight)
-    (plain, larger), = rounding.inputs
+    ((plain, norm),) = rounding.inputs
     operations = rounding.operations + winograd.AMPLIFIED * 2 * weight.shape[1]
     lost = mul_up(winograd.LOST, size)
-    # on a device where it does not, the longer inner products
-    return replace(rounding, evaluated=((max(count, plain), size),), operations=operations, absolute=lost)
+    # where it does not, on other devices, these are inner products as well
+    return replace(rounding, evaluated=((max(count, plain), max(size, norm)),), operations=operations, absolute=lost)
 
 
 def schur(weight: Tensor) -> float:

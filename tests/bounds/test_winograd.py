@@ -130,3 +130,11 @@ def test_matrices_are_those_of_a_convolution() -> None:
     made = torch.einsum("ox,xk,xd->okd", winograd.AFTER, winograd.KERNEL, winograd.BEFORE)
     images = F.conv2d(tile.view(36, 1, 6, 6), kernel.view(9, 1, 3, 3))  # (36, 9, 4, 4)
     assert torch.equal(made, 576 * images.flatten(2).permute(2, 1, 0))
+
+
+@pytest.mark.parametrize("exponent", [-900, 900])
+def test_the_size_of_the_rounding_scales_with_the_weights(exponent: int) -> None:
+    """Also where the product of two sums of them has no float."""
+    weight = torch.randn(16, 16, 3, 3, dtype=torch.float64)
+    count, size = winograd.rounding(weight)
+    assert winograd.rounding(weight * 2.0**exponent) == (count, pytest.approx(size * 2.0**exponent, rel=1e-12))
